@@ -1,0 +1,48 @@
+"""The errors normscope raises on purpose; each message says what to do."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class NormscopeError(Exception):
+    """Base class of every error that normscope raises on purpose."""
+
+
+class NoGradientError(NormscopeError, ValueError):
+    """There is no gradient at all where one is needed."""
+
+
+class AmbiguousEmbeddingError(NormscopeError, ValueError):
+    """The token table cannot be chosen automatically; the message lists the candidates."""
+
+
+class BackendError(NormscopeError, RuntimeError):
+    """A backend was asked for by name and cannot be used."""
+
+
+class ObserverError(NormscopeError, RuntimeError):
+    """An observer or intervention failed; the message names it."""
+
+
+class SinkError(NormscopeError, RuntimeError):
+    """A sink failed; the message names it."""
+
+
+class MissingExtraError(NormscopeError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional dependency, or say which extra of normscope brings it.
+
+    Raises:
+        MissingExtraError: ``module`` is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"{module} is not installed; install it with: pip install 'normscope[{extra}]'"
+        ) from error

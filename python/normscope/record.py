@@ -1,0 +1,94 @@
+"""One record: what was observed at one lifecycle point of one step.
+
+A record is a read-only mapping from ``"{observer}/{metric}"`` to ``float``. Its values may still be on their way from
+the device when it is made; they are fetched the first time one is read, so making a record never waits for a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
+from typing import NamedTuple
+
+
+class LifecyclePoint(str, Enum):
+    """A moment of the training loop at which observers and interventions may fire."""
+
+    PRE_EPOCH = "pre_epoch"
+    POST_EPOCH = "post_epoch"
+    PRE_STEP = "pre_step"
+    POST_STEP = "post_step"
+    SNAPSHOT = "snapshot"
+
+
+class Resolved(NamedTuple):
+    """What a record holds once its values have arrived on the host."""
+
+    values: dict[str, float]
+    nonfinite_parameters: dict[str, int]
+
+
+class Record(Mapping[str, float]):
+    """Values observed at ``point`` of ``step``.
+
+    Args:
+        step: the epoch at PRE_EPOCH and POST_EPOCH, otherwise the optimizer step.
+        point: the lifecycle point at which the observers fired.
+        values: key -> value; NaN where a metric is undefined.
+        nonfinite_parameters: parameter -> number of NaN or inf components of its gradient, in the model's order and
+            only for parameters that hold any.
+
+    Example:
+        >>> record = Record(3, LifecyclePoint.POST_EPOCH, {"norms/total_norm": 2.0})
+        >>> record["norms/total_norm"], record.step, record.first_nonfinite
+        (2.0, 3, None)
+    """
+
+    __slots__ = ("_resolve", "_resolved", "point", "step")
+
+    def __init__(
+        self,
+        step: int,
+        point: LifecyclePoint,
+        values: Mapping[str, float],
+        nonfinite_parameters: Mapping[str, int] | None = None,
+    ) -> None:
+        self.step = step
+        self.point = LifecyclePoint(point)
+        self._resolved: Resolved | None = Resolved(dict(values), dict(nonfinite_parameters or {}))
+        self._resolve: Callable[[], Resolved] | None = None
+
+    @classmethod
+    def deferred(cls, step: int, point: LifecyclePoint, resolve: Callable[[], Resolved]) -> Record:
+        """A record whose values are fetched by ``resolve()`` the first time one is read."""
+        record = cls(step, point, {})
+        record._resolved, record._resolve = None, resolve
+        return record
+
+    def _host(self) -> Resolved:
+        if self._resolved is None:
+            assert self._resolve is not None
+            self._resolved, self._resolve = self._resolve(), None
+        return self._resolved
+
+    @property
+    def nonfinite_parameters(self) -> dict[str, int]:
+        """Parameter -> count of NaN or inf gradient components, in the model's order; empty when all are finite."""
+        return self._host().nonfinite_parameters
+
+    @property
+    def first_nonfinite(self) -> str | None:
+        """The first parameter, in the model's order, whose gradient holds a NaN or inf; None when all are finite."""
+        return next(iter(self.nonfinite_parameters), None)
+
+    def __getitem__(self, key: str) -> float:
+        return self._host().values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._host().values)
+
+    def __len__(self) -> int:
+        return len(self._host().values)
+
+    def __repr__(self) -> str:
+        return f"Record(step={self.step}, point={self.point.value!r}, {len(self)} values)"
