@@ -30,6 +30,10 @@ class SinkError(NormscopeError, RuntimeError):
     """A sink failed; the message names it."""
 
 
+class RecordFileError(NormscopeError, ValueError):
+    """A file of records cannot be read; the message names the file and the line."""
+
+
 class MissingExtraError(NormscopeError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

@@ -1,0 +1,156 @@
+"""The table that the console sink draws: every metric's value, change, course and range so far."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from normscope.record import Record
+
+if TYPE_CHECKING:
+    import rich.console
+    import rich.table
+
+_BARS = "▁▂▃▄▅▆▇█"
+_COURSE_LENGTH = 16  # values shown by the bars of a course
+_LINES_BESIDE_ROWS = 6  # title, heading, rule, note on what is cut off, note on non-finite gradients, prompt
+
+
+class ConsoleTable:
+    """What has been shown of the records so far, as something that ``rich`` can draw.
+
+    Attributes:
+        is_final: draw all rows, also those that the terminal is not high enough for.
+    """
+
+    def __init__(self) -> None:
+        self.is_final = False
+        self._courses: dict[str, _Course] = {}
+        self._heading = ""
+        self._first_nonfinite = ""
+        self._nonfinite_records = 0
+        self._is_nonfinite = False
+
+    def add(self, record: Record, shown: dict[str, float]) -> None:
+        """Take in the values of ``record`` that are to be shown."""
+        for key, value in shown.items():
+            self._courses.setdefault(key, _Course()).add(value)
+        self._heading = f"step {record.step:,}  {record.point.value}"
+        self._is_nonfinite = bool(record.nonfinite_parameters)
+        if self._is_nonfinite:
+            self._nonfinite_records += 1
+            # The first is the one to look for: from there on NaN spreads to every parameter.
+            self._first_nonfinite = self._first_nonfinite or f"step {record.step:,}: {describe_nonfinite(record)}"
+
+    def __rich_console__(
+        self, console: rich.console.Console, options: rich.console.ConsoleOptions
+    ) -> Iterator[rich.console.RenderableType]:
+        from rich.text import Text
+
+        rows = list(self._rows())
+        room = len(rows) if self.is_final else max(1, console.size.height - _LINES_BESIDE_ROWS)
+        yield Text(self._heading, style="bold")
+        yield self._grid(rows[:room], can_draw_bars=options.encoding.startswith("utf"))
+        if len(rows) > room:
+            yield Text(f"{len(rows) - room} more lines than the terminal has room for; choose with keys=", style="dim")
+        if self._first_nonfinite:
+            since = f"; {self._nonfinite_records:,} such records so far" if self._nonfinite_records > 1 else ""
+            yield Text(self._first_nonfinite + since, style="bold red" if self._is_nonfinite else "red")
+
+    def _rows(self) -> Iterator[tuple[str, _Course | None]]:
+        """A heading for each observer (no course), and under it its metrics."""
+        by_observer: dict[str, list[tuple[str, _Course]]] = {"": []}  # keys of no observer come first
+        for key, course in self._courses.items():
+            observer, _, metric = key.rpartition("/")
+            by_observer.setdefault(observer, []).append((metric, course))
+        for observer, courses in by_observer.items():
+            if observer:
+                yield observer, None
+            yield from ((f"  {metric}" if observer else metric, course) for metric, course in courses)
+
+    def _grid(self, rows: Iterable[tuple[str, _Course | None]], *, can_draw_bars: bool) -> rich.table.Table:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim")
+        grid.add_column("metric", no_wrap=True)
+        grid.add_column("now", justify="right", no_wrap=True, min_width=10)
+        grid.add_column("change", justify="right", no_wrap=True, min_width=8, style="dim")
+        if can_draw_bars:
+            grid.add_column("course", no_wrap=True, style="cyan")
+        grid.add_column("lowest", justify="right", no_wrap=True, min_width=9, style="dim")
+        grid.add_column("highest", justify="right", no_wrap=True, min_width=9, style="dim")
+        undefined = "—" if can_draw_bars else "undefined"
+        for label, course in rows:
+            if course is None:
+                grid.add_row(Text(label, style="bold"))
+                continue
+            is_bad = self._is_nonfinite and not math.isfinite(course.now)
+            now = undefined if math.isnan(course.now) else format_value(course.now)
+            grid.add_row(
+                Text(label),
+                Text(now, style="bold red" if is_bad else "bold"),
+                course.change(),
+                *([course.bars()] if can_draw_bars else []),
+                format_value(course.lowest) if course.lowest <= course.highest else undefined,
+                format_value(course.highest) if course.lowest <= course.highest else undefined,
+            )
+        return grid
+
+
+class _Course:
+    """One metric over the records so far; undefined values count neither as lowest nor as highest."""
+
+    def __init__(self) -> None:
+        self.now = self.before = math.nan
+        self.lowest, self.highest = math.inf, -math.inf
+        self.recent: deque[float] = deque(maxlen=_COURSE_LENGTH)
+
+    def add(self, value: float) -> None:
+        self.before, self.now = self.now, value
+        if not math.isnan(value):
+            self.lowest, self.highest = min(self.lowest, value), max(self.highest, value)
+        self.recent.append(value)
+
+    def change(self) -> str:
+        """The relative change since the value before; empty where there is none to give."""
+        difference = self.now - self.before
+        if not math.isfinite(difference) or self.before == 0:
+            return ""
+        relative = difference / abs(self.before)
+        return f"{relative:+.1%}" if abs(relative) < 10 else f"x {self.now / self.before:.3g}"
+
+    def bars(self) -> str:
+        """The last values as bars between the least and the greatest finite one of them; a gap where undefined."""
+        finite = [value for value in self.recent if math.isfinite(value)]
+        low, high = min(finite, default=0.0), max(finite, default=0.0)
+
+        def bar(value: float) -> str:
+            if math.isnan(value):
+                return " "
+            if math.isinf(value) or high == low:
+                return _BARS[-1 if value > high else 0]
+            # Halves, because high - low of two finite floats can overflow.
+            share = (value / 2 - low / 2) / (high / 2 - low / 2)
+            return _BARS[round(share * (len(_BARS) - 1))]
+
+        return "".join(map(bar, self.recent))
+
+
+def format_value(value: float) -> str:
+    """A number that is not NaN, in at most ten characters."""
+    if math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    if value == int(value) and abs(value) < 1e9:
+        return str(int(value))
+    return f"{value:.4g}" if 1e-4 <= abs(value) < 1e5 else f"{value:.3e}"
+
+
+def describe_nonfinite(record: Record) -> str:
+    """What a record says about NaN and inf in gradients, in one line, the first parameter by name."""
+    name, count = next(iter(record.nonfinite_parameters.items()))
+    others = len(record.nonfinite_parameters) - 1
+    return f"NaN or inf in the gradient of {name} ({count:,})" + (f" and of {others:,} more" if others else "")

@@ -1,0 +1,125 @@
+"""The CSV sink: one record a row, and a file that widens when a new metric appears."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from normscope.errors import RecordFileError
+from normscope.record import Record
+from normscope.sinks.append import LineAppender, mend_last_line, replace_content
+from normscope.sinks.base import Sink
+
+_FIXED = ("step", "point")
+
+
+class CSV(Sink):
+    """Append each record to a file as one row: ``step``, ``point``, then one column a metric.
+
+    Undefined metrics are ``nan``, infinities ``inf`` and ``-inf``; a metric that a record does not have is an empty
+    cell. A metric that appears later becomes a new last column: the file is then replaced by its wider version in one
+    step. Every row is one ``write()``; a torn last row, as a killed process leaves it, is removed at the next opening.
+    ``pandas.read_csv(path, float_precision="round_trip")`` reads exactly the floats that were written.
+
+    Args:
+        path: the file; it is continued under its own header if it exists, and missing folders are made.
+        keep_until: drop the records of later steps that the file holds already; give the step of the checkpoint that a
+            run resumes from. None keeps everything.
+
+    Raises:
+        RecordFileError: the file exists and is not such a table.
+
+    Example:
+        >>> path = getfixture("tmp_path") / "metrics.csv"
+        >>> with CSV(path) as sink:
+        ...     sink.write(Record(10, "post_step", {"norms/total_norm": 0.1}))
+        ...     sink.write(Record(20, "post_step", {"norms/total_norm": 0.2, "task/loss": float("nan")}))
+        >>> print(path.read_text(), end="")
+        step,point,norms/total_norm,task/loss
+        10,post_step,0.1,
+        20,post_step,0.2,nan
+    """
+
+    _reserved = frozenset(_FIXED)
+
+    def __init__(self, path: str | os.PathLike[str], *, keep_until: int | None = None) -> None:
+        super().__init__(os.fspath(path))
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        # A row that lacks only its line break cannot be told from one cut within its last number.
+        mend_last_line(self._path, is_whole=lambda line: False)
+        self._columns = _read_columns(self._path)
+        if keep_until is not None and self._columns:
+            _drop_after(self._path, self._columns, keep_until)
+        self._lines = LineAppender(self._path)
+
+    def _write(self, record: Record) -> None:
+        known = set(self._columns)
+        added = [key for key in record if key not in known]
+        if not self._columns:
+            self._columns = [*_FIXED, *added]
+            self._lines.append(_to_line(self._columns))
+        elif added:
+            self._widen(added)
+        cells = (repr(float(record[key])) if key in record else "" for key in self._columns[len(_FIXED) :])
+        self._lines.append(_to_line([str(record.step), record.point.value, *cells]))
+
+    def _widen(self, added: list[str]) -> None:
+        columns = self._columns + added
+        rows = (row + [""] * (len(columns) - len(row)) for _, row in _read_rows(self._path))
+        self._lines.close()  # some systems do not replace a file that is open
+        _replace_rows(self._path, columns, rows)
+        self._lines = LineAppender(self._path)
+        self._columns = columns
+
+    def _close(self) -> None:
+        self._lines.close()
+
+
+def _to_line(row: list[str]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(row)
+    return text.getvalue().encode()
+
+
+def _read_columns(path: Path) -> list[str]:
+    """The header of the table; empty where there is none yet."""
+    if not path.exists() or path.stat().st_size == 0:
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        columns = next(csv.reader(file))
+    if tuple(columns[: len(_FIXED)]) != _FIXED:
+        raise RecordFileError(f"{path}, line 1: not a table of records: its first columns are not step and point")
+    return columns
+
+
+def _read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Each row under the header with the number of its line."""
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.reader(file)
+        next(reader)
+        for row in reader:
+            if row:
+                yield reader.line_num, row
+
+
+def _replace_rows(path: Path, columns: list[str], rows: Iterable[list[str]]) -> None:
+    replace_content(path, (_to_line(row) + b"\n" for row in itertools.chain([columns], rows)))
+
+
+def _drop_after(path: Path, columns: list[str], step: int) -> None:
+    rows = list(_read_rows(path))
+    kept = [row for number, row in rows if _step_of(path, number, row) <= step]
+    if len(kept) < len(rows):
+        _replace_rows(path, columns, kept)
+
+
+def _step_of(path: Path, line_number: int, row: list[str]) -> int:
+    try:
+        return int(row[0])
+    except ValueError as error:
+        raise RecordFileError(f"{path}, line {line_number}: not a record: no integer step") from error

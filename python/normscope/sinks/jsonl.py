@@ -1,0 +1,150 @@
+"""The JSONL sink, one record a line of valid JSON, and ``read_records``, which restores the exact floats."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from normscope.errors import RecordFileError
+from normscope.record import LifecyclePoint, Record
+from normscope.sinks.append import LineAppender, mend_last_line, replace_content
+from normscope.sinks.base import Sink
+
+_INFINITIES = ("Infinity", "-Infinity")
+
+
+class JSONL(Sink):
+    """Append each record to a file as one line of JSON.
+
+    A line is flat: ``{"step": 10, "point": "post_step", "norms/total_norm": 2.0}``. A metric that is undefined (NaN)
+    is ``null``, infinities are the strings ``"Infinity"`` and ``"-Infinity"``; ``"nonfinite_parameters"`` is there
+    only if a gradient held a NaN or inf. Every line is one ``write()``: a killed process leaves whole lines and at
+    most one torn last line, which the next opening removes.
+
+    Args:
+        path: the file; it is continued if it exists, and missing folders are made.
+        keep_until: drop the records of later steps that the file holds already; give the step of the checkpoint that a
+            run resumes from. None keeps everything.
+
+    Raises:
+        RecordFileError: with ``keep_until``, a line of the file is not a record.
+
+    Example:
+        >>> path = getfixture("tmp_path") / "run" / "metrics.jsonl"
+        >>> with JSONL(path) as sink:
+        ...     sink.write(Record(10, LifecyclePoint.POST_STEP, {"norms/total_norm": 0.1, "a/b": math.nan}))
+        >>> path.read_text()
+        '{"step": 10, "point": "post_step", "norms/total_norm": 0.1, "a/b": null}\\n'
+        >>> read_records(path)[0]["norms/total_norm"]
+        0.1
+    """
+
+    _reserved = frozenset({"step", "point", "nonfinite_parameters"})
+
+    def __init__(self, path: str | os.PathLike[str], *, keep_until: int | None = None) -> None:
+        super().__init__(os.fspath(path))
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        mend_last_line(file, _is_record)
+        if keep_until is not None and file.exists():
+            _drop_after(file, keep_until)
+        self._lines = LineAppender(file)
+
+    def _write(self, record: Record) -> None:
+        self._lines.append(_to_line(record))
+
+    def _close(self) -> None:
+        self._lines.close()
+
+
+def read_records(path: str | os.PathLike[str]) -> list[Record]:
+    """The records of a file that ``JSONL`` wrote, with exactly the floats that were written.
+
+    A torn last line, as a killed writer leaves it, is ignored; the file may still be growing.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RecordFileError: any other line is not a record; the message names the file and the line.
+    """
+    return [record for _, record in _parse_lines(Path(path))]
+
+
+def _to_line(record: Record) -> bytes:
+    line: dict[str, object] = {"step": record.step, "point": record.point.value}
+    line.update((key, _to_json(value)) for key, value in record.items())
+    if record.nonfinite_parameters:
+        line["nonfinite_parameters"] = record.nonfinite_parameters
+    return json.dumps(line, allow_nan=False).encode()
+
+
+def _to_json(value: float) -> float | str | None:
+    if math.isfinite(value):
+        return float(value)
+    if math.isnan(value):
+        return None
+    return _INFINITIES[value < 0]
+
+
+def _from_line(line: bytes) -> Record:
+    """The record in ``line``.
+
+    Raises:
+        ValueError: there is none; the message says why.
+    """
+    content = json.loads(line.decode(), parse_constant=_refuse_constant)
+    if not isinstance(content, dict):
+        raise ValueError("not a JSON object")
+    step, point = content.pop("step", None), content.pop("point", None)
+    nonfinite = content.pop("nonfinite_parameters", {})
+    if not isinstance(step, int):
+        raise ValueError("no integer step")
+    if not isinstance(nonfinite, dict) or not all(isinstance(count, int) for count in nonfinite.values()):
+        raise ValueError("nonfinite_parameters does not map names to counts")
+    values = {key: _from_json(key, value) for key, value in content.items()}
+    return Record(step, LifecyclePoint(point), values, nonfinite)
+
+
+def _from_json(key: str, value: object) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, (int, float)) or (isinstance(value, str) and value in _INFINITIES):
+        return float(value)
+    raise ValueError(f"the value of {key} is not a number")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        _from_line(line)
+    except (ValueError, OverflowError):
+        return False
+    return True
+
+
+def _parse_lines(path: Path) -> Iterator[tuple[bytes, Record]]:
+    """Each line of the file, its line break included, with its record; a torn last line is left out."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.isspace():
+                continue
+            try:
+                record = _from_line(line)
+            except (ValueError, OverflowError) as error:
+                if not line.endswith(b"\n"):
+                    return
+                raise RecordFileError(f"{path}, line {number}: not a record: {error}") from error
+            yield line, record
+
+
+def _drop_after(path: Path, step: int) -> None:
+    lines = [(line, record.step) for line, record in _parse_lines(path)]
+    kept = [line for line, record_step in lines if record_step <= step]
+    if len(kept) < len(lines):
+        replace_content(path, kept)
