@@ -1,0 +1,182 @@
+// normscope._core: the compiled core as Python sees it. Results are written to addresses Python passes and keeps alive.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "dlpack_exchange.h"
+#include "fused_pass.h"
+#include "kernels.h"
+#include "order_statistics.h"
+#include "threads.h"
+
+namespace py = pybind11;
+
+namespace normscope {
+namespace {
+
+// PyTorch's way to describe a tensor to compiled code; null until use_exchange_api.
+int (*tensor_from_object)(void*, dlpack::Tensor*) = nullptr;
+
+bool use_exchange_api(const py::object& capsule) {
+  tensor_from_object = nullptr;
+  if (capsule.is_none()) return false;
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (api == nullptr) throw py::error_already_set();
+  while (api != nullptr && api->major != dlpack::kMajorVersion) api = api->previous;
+  if (api == nullptr || api->tensor_from_object == nullptr) return false;
+  tensor_from_object = api->tensor_from_object;
+  return true;
+}
+
+class Unsupported : public std::exception {};
+
+DType dtype_of(const dlpack::DataType& type) {
+  if (type.lanes == 1 && type.code == dlpack::kFloat && type.bits == 32) return DType::float32;
+  if (type.lanes == 1 && type.code == dlpack::kFloat && type.bits == 64) return DType::float64;
+  if (type.lanes == 1 && type.code == dlpack::kFloat && type.bits == 16) return DType::float16;
+  if (type.lanes == 1 && type.code == dlpack::kBFloat && type.bits == 16) return DType::bfloat16;
+  throw Unsupported();
+}
+
+// A tensor, or the tuple (address, dtype code, shape, strides) for it.
+TensorView view_of(const py::handle& object) {
+  if (PyTuple_Check(object.ptr())) {
+    const auto [address, dtype, shape, strides] =
+        py::cast<std::tuple<std::uintptr_t, int, std::vector<std::int64_t>, std::vector<std::int64_t>>>(object);
+    if (dtype < 0 || dtype >= kDTypes || shape.size() != strides.size() || shape.size() > kMaxDimensions) {
+      throw Unsupported();
+    }
+    return {reinterpret_cast<const void*>(address), static_cast<DType>(dtype), shape.size(), shape.data(),
+            strides.data()};
+  }
+  dlpack::Tensor tensor{};
+  if (tensor_from_object == nullptr || tensor_from_object(object.ptr(), &tensor) != 0) {
+    PyErr_Clear();
+    throw Unsupported();
+  }
+  const bool on_host = tensor.device.type == dlpack::kCpu || tensor.device.type == dlpack::kCudaHost;
+  if (!on_host || static_cast<std::size_t>(tensor.dimensions) > kMaxDimensions) throw Unsupported();
+  return {static_cast<const unsigned char*>(tensor.data) + tensor.byte_offset, dtype_of(tensor.dtype),
+          static_cast<std::size_t>(tensor.dimensions), tensor.shape, tensor.strides};
+}
+
+using EnergyTarget = std::tuple<std::size_t, std::uintptr_t>;  // index into the list, address of float64[rows]
+
+std::vector<int> run_fused_pass(const py::list& gradients, const std::optional<py::list>& weights,
+                                const std::vector<EnergyTarget>& energies, std::uintptr_t sums, int threads) {
+  std::vector<PassEntry> entries(gradients.size());
+  for (std::size_t i = 0; i < entries.size(); ++i) {
+    entries[i].gradient = view_of(gradients[i]);
+    entries[i].wants_sums = sums != 0;
+    if (weights && !(*weights)[i].is_none()) {
+      entries[i].weight = view_of((*weights)[i]);
+      entries[i].has_weight = true;
+      if (entries[i].weight.count != entries[i].gradient.count) {
+        throw py::value_error("tensor " + std::to_string(i) + " and its weight differ in size");
+      }
+    }
+  }
+  for (const auto& [index, address] : energies) entries.at(index).energies = reinterpret_cast<double*>(address);
+  std::vector<double> unused(sums == 0 ? entries.size() * kColumns : 0);
+  {
+    const py::gil_scoped_release release;
+    fused_pass(entries, sums == 0 ? unused.data() : reinterpret_cast<double*>(sums), threads);
+  }
+  std::vector<int> exponents;
+  exponents.reserve(energies.size());
+  for (const auto& target : energies) exponents.push_back(entries[std::get<0>(target)].energy_exponent);
+  return exponents;
+}
+
+struct SparseGradient {  // addresses of int64 arrays, as normscope.ops.contract.SparseRows has them
+  std::uintptr_t order, offsets, positions, every_row;
+  std::size_t rows, row_length;
+};
+
+int run_sparse_pass(const py::object& stored, const py::object& weight, const SparseGradient& sparse,
+                    std::uintptr_t energies, std::uintptr_t sums, int threads) {
+  const auto indices = [](std::uintptr_t address) { return reinterpret_cast<const std::int64_t*>(address); };
+  std::vector<PassEntry> entries(1);
+  PassEntry& entry = entries[0];
+  entry.gradient = view_of(stored);
+  entry.segments = {indices(sparse.order), indices(sparse.offsets), sparse.rows};
+  entry.segment_length = sparse.row_length;
+  entry.energies = reinterpret_cast<double*>(energies);
+  if (!weight.is_none()) {
+    entry.weight = view_of(weight);
+    entry.has_weight = true;
+    entry.weight_rows = {indices(sparse.positions), indices(sparse.every_row), sparse.rows};
+  }
+  if (!entry.gradient.contiguous || !entry.weight.contiguous) throw py::value_error("rows must be contiguous");
+  const py::gil_scoped_release release;
+  fused_pass(entries, reinterpret_cast<double*>(sums), threads);
+  return entry.energy_exponent;
+}
+
+std::vector<double> run_order_statistics(std::uintptr_t energies, std::size_t count, int exponent, double threshold,
+                                         bool threshold_of_mean, int energy_power,
+                                         const std::vector<double>& fractions, std::int64_t stride) {
+  std::vector<double> values(6 + fractions.size());
+  const py::gil_scoped_release release;
+  const OrderQuery query{reinterpret_cast<const double*>(energies),
+                         count,
+                         exponent,
+                         threshold,
+                         threshold_of_mean,
+                         energy_power,
+                         fractions.data(),
+                         fractions.size(),
+                         stride};
+  const OrderResult result = order_statistics(query, values.data() + 6);
+  values[0] = result.gini;
+  values[1] = result.fraction_below;
+  values[2] = result.group_variance;
+  values[3] = result.group_max;
+  values[4] = result.group_min;
+  values[5] = result.group_mean;
+  return values;
+}
+
+std::vector<std::string> names_of_instruction_sets() {
+  std::array<const char*, 8> names{};
+  const std::size_t count = instruction_sets(names.data(), names.size());
+  return {names.begin(), names.begin() + static_cast<std::ptrdiff_t>(count)};
+}
+
+}  // namespace
+}  // namespace normscope
+
+PYBIND11_MODULE(_core, module) {
+  using namespace normscope;
+  module.doc() = "Compiled core of normscope; use normscope.ops instead.";
+  thread_source();  // registers the fork handler while no fork can have happened yet
+  static py::exception<Unsupported> unsupported(module, "Unsupported", PyExc_TypeError);
+
+  module.def("use_exchange_api", &use_exchange_api, py::arg("capsule"),
+             "Read tensors through torch.Tensor.__dlpack_c_exchange_api__; False where its version is not understood.");
+  module.def("fused_pass", &run_fused_pass, py::arg("gradients"), py::arg("weights"), py::arg("energies"),
+             py::arg("sums"), py::arg("threads"));
+  py::class_<SparseGradient>(module, "SparseGradient")
+      .def(py::init<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::size_t, std::size_t>(),
+           py::arg("order"), py::arg("offsets"), py::arg("positions"), py::arg("every_row"), py::arg("rows"),
+           py::arg("row_length"));
+  module.def("sparse_pass", &run_sparse_pass, py::arg("stored"), py::arg("weight"), py::arg("sparse"),
+             py::arg("energies"), py::arg("sums"), py::arg("threads"));
+  module.def("order_statistics", &run_order_statistics, py::arg("energies"), py::arg("count"), py::arg("exponent"),
+             py::arg("threshold"), py::arg("threshold_of_mean"), py::arg("energy_power"), py::arg("fractions"),
+             py::arg("stride"));
+  module.def("instruction_sets", &names_of_instruction_sets, "Instruction sets this processor can run, best first.");
+  module.def("instruction_set", &instruction_set, "The instruction set in use.");
+  module.def("use_instruction_set", &use_instruction_set, py::arg("name"),
+             "Choose one for the whole process (tests, diagnosis); False where it cannot run here.");
+  module.def("thread_source", &thread_source, "Where parallel work runs: PyTorch's OpenMP threads or std::thread.");
+  module.attr("COLUMNS") = py::cast(std::vector<std::string>(kColumnNames.begin(), kColumnNames.end()));
+  module.attr("RANGE_SHIFT") = kRangeShift;
+  module.attr("TIE_SLACK") = kTieSlack;
+}

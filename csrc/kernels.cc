@@ -1,0 +1,141 @@
+// The kernels of one instruction set; CMake compiles this file once for each, with NORMSCOPE_ISA as its name.
+#include "kernels.h"
+
+#include <bit>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace normscope {
+namespace {
+
+#include "lanes.h"
+
+// The last, incomplete group of 16 elements, filled up with zeros: they add nothing to any sum.
+template <class T>
+struct Padded {
+  alignas(64) T elements[kLanes] = {};
+  Padded(const T* source, std::size_t count) { std::memcpy(elements, source, count * sizeof(T)); }
+};
+
+template <class Body, class... T>
+inline void for_groups(std::size_t count, Body&& body, const T*... pointers) {
+  std::size_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) body((pointers + i)...);
+  if (i < count) body(Padded<T>(pointers + i, count - i).elements...);
+}
+
+inline double largest(const Lanes& lanes) {
+  alignas(64) double values[kLanes];
+  lanes.store_to(values);
+  double result = 0.0;
+  for (double value : values) result = value > result ? value : result;
+  return result;
+}
+
+template <class T>
+RunSums gradient(const void* gradient_data, std::size_t count) {
+  Lanes squares = Lanes::zeros(), absolutes = Lanes::zeros(), maxima = Lanes::zeros();
+  for_groups(
+      count,
+      [&](const T* g) {
+        for (std::size_t i = 0; i < kRegisters; ++i) {
+          const Register x = load(g + i * kWidth);
+          const Register magnitude = absolute(x);
+          squares.part[i] = multiply_add<T>(x, x, squares.part[i]);
+          absolutes.part[i] = add(magnitude, absolutes.part[i]);
+          maxima.part[i] = maximum(magnitude, maxima.part[i]);
+        }
+      },
+      static_cast<const T*>(gradient_data));
+  return {squares.fold(), absolutes.fold(), largest(maxima), 0.0, 0.0};
+}
+
+template <class T>
+RunSums gradient_and_weight(const void* gradient_data, const void* weight_data, std::size_t count) {
+  Lanes squares = Lanes::zeros(), absolutes = Lanes::zeros(), maxima = Lanes::zeros();
+  Lanes products = Lanes::zeros(), weight_squares = Lanes::zeros();
+  for_groups(
+      count,
+      [&](const T* g, const T* w) {
+        for (std::size_t i = 0; i < kRegisters; ++i) {
+          const Register x = load(g + i * kWidth);
+          const Register y = load(w + i * kWidth);
+          const Register magnitude = absolute(x);
+          squares.part[i] = multiply_add<T>(x, x, squares.part[i]);
+          absolutes.part[i] = add(magnitude, absolutes.part[i]);
+          maxima.part[i] = maximum(magnitude, maxima.part[i]);
+          products.part[i] = multiply_add<T>(x, y, products.part[i]);
+          weight_squares.part[i] = multiply_add<T>(y, y, weight_squares.part[i]);
+        }
+      },
+      static_cast<const T*>(gradient_data), static_cast<const T*>(weight_data));
+  return {squares.fold(), absolutes.fold(), largest(maxima), products.fold(), weight_squares.fold()};
+}
+
+template <class T>
+inline Lanes squares_of(const T* data, std::size_t count, Lanes squares) {
+  for_groups(
+      count,
+      [&](const T* g) {
+        for (std::size_t i = 0; i < kRegisters; ++i) {
+          const Register x = load(g + i * kWidth);
+          squares.part[i] = multiply_add<T>(x, x, squares.part[i]);
+        }
+      },
+      data);
+  return squares;
+}
+
+template <class T>
+void row_energies(const void* rows, std::size_t n_rows, std::size_t row_length, double* energies) {
+  const T* data = static_cast<const T*>(rows);
+  for (std::size_t row = 0; row < n_rows; ++row) {
+    energies[row] = squares_of(data + row * row_length, row_length, Lanes::zeros()).fold();
+  }
+}
+
+template <class T>
+void add_squares(const void* piece, std::size_t count, double* lanes) {
+  squares_of(static_cast<const T*>(piece), count, Lanes::from(lanes)).store_to(lanes);
+}
+
+template <class T>
+void to_float64(const void* source, std::size_t count, double* destination) {
+  alignas(64) double values[kLanes];
+  std::size_t done = 0;
+  for_groups(
+      count,
+      [&](const T* group) {
+        for (std::size_t i = 0; i < kRegisters; ++i) store(values + i * kWidth, load(group + i * kWidth));
+        const std::size_t n = count - done < kLanes ? count - done : kLanes;
+        std::memcpy(destination + done, values, n * sizeof(double));
+        done += n;
+      },
+      static_cast<const T*>(source));
+}
+
+template <class T>
+constexpr Kernels kernels_of(const char* name) {
+  return {name, gradient<T>, gradient_and_weight<T>, row_energies<T>, add_squares<T>, to_float64<T>};
+}
+
+}  // namespace
+
+#define NORMSCOPE_TABLE_NAME(isa) kernels_##isa
+#define NORMSCOPE_TABLE(isa) NORMSCOPE_TABLE_NAME(isa)
+#define NORMSCOPE_TEXT_OF(isa) #isa
+#define NORMSCOPE_TEXT(isa) NORMSCOPE_TEXT_OF(isa)
+
+extern const Kernels NORMSCOPE_TABLE(NORMSCOPE_ISA)[kDTypes];
+const Kernels NORMSCOPE_TABLE(NORMSCOPE_ISA)[kDTypes] = {
+    kernels_of<Float16>(NORMSCOPE_TEXT(NORMSCOPE_ISA)),
+    kernels_of<BFloat16>(NORMSCOPE_TEXT(NORMSCOPE_ISA)),
+    kernels_of<float>(NORMSCOPE_TEXT(NORMSCOPE_ISA)),
+    kernels_of<double>(NORMSCOPE_TEXT(NORMSCOPE_ISA)),
+};
+
+}  // namespace normscope

@@ -1,0 +1,60 @@
+// The per-instruction-set kernels: straight runs over contiguous elements, nothing else.
+//
+// Every sum runs in the same 16 float64 lanes on every instruction set: element i adds to lane i mod 16, and the lanes
+// fold in one fixed tree. Products of narrow inputs are exact in float64, and float64 products are rounded before they
+// are added, so all instruction sets give the same bits.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace normscope {
+
+enum class DType : std::uint8_t { float16, bfloat16, float32, float64 };
+inline constexpr int kDTypes = 4;
+inline constexpr std::size_t kLanes = 16;
+
+inline constexpr std::size_t element_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+// Plain sums over one run of elements. Where an element is NaN or infinite, sum_squares and sum_abs say so and
+// max_abs covers only the others.
+struct RunSums {
+  double sum_squares;
+  double sum_abs;
+  double max_abs;
+  double dot;             // gradient . weight; 0 without weights
+  double weight_squares;  // sum of squares of the weight; 0 without weights
+};
+
+struct Kernels {
+  const char* name;
+  RunSums (*gradient)(const void* gradient, std::size_t count);
+  RunSums (*gradient_and_weight)(const void* gradient, const void* weight, std::size_t count);
+  // energies[r] = sum of squares of row r; rows are contiguous and follow one another.
+  void (*row_energies)(const void* rows, std::size_t n_rows, std::size_t row_length, double* energies);
+  // Adds the squares of one piece of a row to the 16 lanes; every piece but the last holds a multiple of 16 elements.
+  void (*add_squares)(const void* piece, std::size_t count, double* lanes);
+  void (*to_float64)(const void* source, std::size_t count, double* destination);
+};
+
+// Kernels of the instruction set chosen for this process, for one dtype.
+const Kernels& kernels(DType dtype);
+
+// Names of the compiled instruction sets this processor can run, the preferred one first.
+std::size_t instruction_sets(const char** names, std::size_t capacity);
+const char* instruction_set();
+// Selects one by name for the whole process (tests, diagnosis). False where it cannot run here.
+bool use_instruction_set(const char* name);
+
+// The fixed tree that folds 16 lanes into one number.
+inline double fold_lanes(const double* lanes) {
+  double eight[8];
+  for (int i = 0; i < 8; ++i) eight[i] = lanes[i] + lanes[i + 8];
+  double four[4];
+  for (int i = 0; i < 4; ++i) four[i] = eight[i] + eight[i + 4];
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+}  // namespace normscope

@@ -1,0 +1,129 @@
+// Sixteen float64 lanes in the registers of the instruction set this file is compiled for.
+//
+// Included by kernels.cc only, inside an unnamed namespace: that file is compiled once per instruction set, and nothing
+// of it may be shared by the linker between them.
+#pragma once
+
+struct Float16 {
+  std::uint16_t bits;
+};
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+template <class T>
+inline constexpr bool kExactProducts = !std::is_same_v<T, double>;
+
+#if defined(__AVX512F__)
+
+using Register = __m512d;
+inline Register load(const double* p) { return _mm512_loadu_pd(p); }
+inline Register load(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+inline Register load(const Float16* p) {
+  return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline Register load(const BFloat16* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
+}
+inline void store(double* p, Register a) { _mm512_storeu_pd(p, a); }
+inline Register zero() { return _mm512_setzero_pd(); }
+inline Register add(Register a, Register b) { return _mm512_add_pd(a, b); }
+inline Register multiply(Register a, Register b) { return _mm512_mul_pd(a, b); }
+inline Register multiply_add_exact(Register a, Register b, Register c) { return _mm512_fmadd_pd(a, b, c); }
+inline Register absolute(Register a) { return _mm512_abs_pd(a); }
+inline Register maximum(Register a, Register b) { return _mm512_max_pd(a, b); }  // b where a is NaN
+
+#elif defined(__AVX2__)
+
+using Register = __m256d;
+inline Register load(const double* p) { return _mm256_loadu_pd(p); }
+inline Register load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+inline Register load(const Float16* p) {
+  return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline Register load(const BFloat16* p) {
+  const __m128i wide = _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(wide, 16)));
+}
+inline void store(double* p, Register a) { _mm256_storeu_pd(p, a); }
+inline Register zero() { return _mm256_setzero_pd(); }
+inline Register add(Register a, Register b) { return _mm256_add_pd(a, b); }
+inline Register multiply(Register a, Register b) { return _mm256_mul_pd(a, b); }
+inline Register multiply_add_exact(Register a, Register b, Register c) { return _mm256_fmadd_pd(a, b, c); }
+inline Register absolute(Register a) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), a); }
+inline Register maximum(Register a, Register b) { return _mm256_max_pd(a, b); }
+
+#else
+
+// Two lanes wide: what SSE2 and NEON have.
+typedef double Register __attribute__((vector_size(16)));
+typedef std::int64_t Bits __attribute__((vector_size(16)));
+
+inline double widen(double x) { return x; }
+inline double widen(float x) { return static_cast<double>(x); }
+inline double widen(BFloat16 x) { return static_cast<double>(std::bit_cast<float>(std::uint32_t{x.bits} << 16)); }
+inline double widen(Float16 x) {
+  const std::uint32_t magnitude = x.bits & 0x7fffu;
+  const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
+  if (magnitude < 0x0400u) {  // zero and sub-normals: m * 2^-24
+    const double value = static_cast<double>(magnitude) * 0x1p-24;
+    return sign != 0 ? -value : value;
+  }
+  const std::uint32_t exponent_shift = magnitude >= 0x7c00u ? 224u : 112u;  // infinity and NaN : normal numbers
+  return static_cast<double>(std::bit_cast<float>(sign | ((magnitude << 13) + (exponent_shift << 23))));
+}
+template <class T>
+inline Register load(const T* p) {
+  return Register{widen(p[0]), widen(p[1])};
+}
+inline void store(double* p, Register a) {
+  p[0] = a[0];
+  p[1] = a[1];
+}
+inline Register zero() { return Register{0.0, 0.0}; }
+inline Register add(Register a, Register b) { return a + b; }
+inline Register multiply(Register a, Register b) { return a * b; }
+inline Register multiply_add_exact(Register a, Register b, Register c) { return a * b + c; }
+inline Register absolute(Register a) {
+  return reinterpret_cast<Register>(reinterpret_cast<Bits>(a) & Bits{INT64_MAX, INT64_MAX});
+}
+inline Register maximum(Register a, Register b) { return a > b ? a : b; }
+
+#endif
+
+inline constexpr std::size_t kWidth = sizeof(Register) / sizeof(double);
+inline constexpr std::size_t kRegisters = kLanes / kWidth;
+
+struct Lanes {
+  Register part[kRegisters];
+
+  static Lanes zeros() {
+    Lanes lanes;
+    for (std::size_t i = 0; i < kRegisters; ++i) lanes.part[i] = zero();
+    return lanes;
+  }
+  void store_to(double* p) const {
+    for (std::size_t i = 0; i < kRegisters; ++i) store(p + i * kWidth, part[i]);
+  }
+  static Lanes from(const double* p) {
+    Lanes lanes;
+    for (std::size_t i = 0; i < kRegisters; ++i) lanes.part[i] = load(p + i * kWidth);
+    return lanes;
+  }
+  double fold() const {
+    alignas(64) double values[kLanes];
+    store_to(values);
+    return fold_lanes(values);
+  }
+};
+
+// accumulator + a * b with the product rounded to float64 first; T is the dtype the factors were widened from.
+template <class T>
+inline Register multiply_add(Register a, Register b, Register accumulator) {
+  if constexpr (kExactProducts<T>) {
+    return multiply_add_exact(a, b, accumulator);
+  } else {
+    return add(multiply(a, b), accumulator);
+  }
+}

@@ -1,0 +1,190 @@
+#include "order_statistics.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <utility>
+
+namespace normscope {
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+using Keys = std::unique_ptr<std::uint64_t[]>;
+
+// Sorts by straight insertion and gives up, false, after more than `budget` moves.
+bool insertion_sort(std::uint64_t* keys, std::size_t count, std::size_t budget) {
+  for (std::size_t i = 1; i < count; ++i) {
+    const std::uint64_t key = keys[i];
+    std::size_t j = i;
+    for (; j > 0 && keys[j - 1] > key; --j) keys[j] = keys[j - 1];
+    keys[j] = key;
+    if (i - j > budget) return false;
+    budget -= i - j;
+  }
+  return true;
+}
+
+// Ascending. The leading 33 bits in which the keys differ go through a radix sort; that leaves few neighbours to swap.
+void sort_keys(Keys& keys, std::size_t count) {
+  constexpr int kDigit = 11, kPasses = 3;
+  constexpr std::uint64_t kMask = (1u << kDigit) - 1;
+  std::uint64_t differing = 0;
+  for (std::size_t i = 1; i < count; ++i) differing |= keys[i] ^ keys[0];
+  if (differing == 0) return;
+  if (count > 64) {
+    const int top = static_cast<int>(std::bit_width(differing));
+    const int shift = std::max(0, top - kDigit * kPasses);
+    const auto digit = [shift](std::uint64_t key, int pass) { return (key >> (shift + pass * kDigit)) & kMask; };
+    std::array<std::array<std::uint32_t, kMask + 1>, kPasses> starts{};
+    for (std::size_t i = 0; i < count; ++i) {
+      for (int pass = 0; pass < kPasses; ++pass) ++starts[static_cast<std::size_t>(pass)][digit(keys[i], pass)];
+    }
+    Keys other = std::make_unique_for_overwrite<std::uint64_t[]>(count);
+    for (int pass = 0; pass < kPasses && shift + pass * kDigit < top; ++pass) {
+      auto& start = starts[static_cast<std::size_t>(pass)];
+      std::uint32_t position = 0;
+      for (std::uint32_t& entry : start) position += std::exchange(entry, position);
+      for (std::size_t i = 0; i < count; ++i) other[start[digit(keys[i], pass)]++] = keys[i];
+      keys.swap(other);
+    }
+  }
+  if (!insertion_sort(keys.get(), count, 8 * count)) std::sort(keys.get(), keys.get() + count);
+}
+
+// An unevaluated sum of two float64; adding to it loses nothing that float64 could show.
+struct DoubleSum {
+  double high = 0.0, low = 0.0;
+
+  void add(double x) {  // Knuth's two-sum
+    const double sum = high + x;
+    const double part = sum - high;
+    low += (high - (sum - part)) + (x - part);
+    high = sum;
+  }
+  void add(const DoubleSum& other) {
+    add(other.high);
+    low += other.low;
+  }
+  double value() const { return high + low; }
+};
+
+constexpr std::size_t kBlock = 256;
+
+DoubleSum block_sum(const double* values, std::size_t count) {
+  constexpr std::size_t kParts = 8;
+  std::array<double, kParts> high{}, low{};
+  const std::size_t whole = count - count % kParts;
+  for (std::size_t i = 0; i < whole; i += kParts) {
+    for (std::size_t p = 0; p < kParts; ++p) {
+      const double x = values[i + p], sum = high[p] + x, part = sum - high[p];
+      low[p] += (high[p] - (sum - part)) + (x - part);
+      high[p] = sum;
+    }
+  }
+  DoubleSum total;
+  for (std::size_t p = 0; p < kParts; ++p) total.add(DoubleSum{high[p], low[p]});
+  for (std::size_t i = whole; i < count; ++i) total.add(values[i]);
+  return total;
+}
+
+void least_counts(const double* ascending, const OrderQuery& query, double* counts) {
+  const std::size_t count = query.count;
+  DoubleSum total;
+  for (std::size_t i = 0; i < count; i += kBlock) total.add(block_sum(ascending + i, std::min(kBlock, count - i)));
+  for (std::size_t f = 0; f < query.n_fractions; ++f) {
+    const double goal = query.fractions[f] * total.value() * (1.0 - kTieSlack);
+    DoubleSum sum;
+    std::size_t taken = 0;
+    while (taken + kBlock <= count) {  // whole blocks from the top while they leave the sum short
+      DoubleSum next = sum;
+      next.add(block_sum(ascending + (count - taken - kBlock), kBlock));
+      if (next.value() >= goal) break;
+      sum = next;
+      taken += kBlock;
+    }
+    while (taken < count) {
+      sum.add(ascending[count - 1 - taken]);
+      ++taken;
+      if (sum.value() >= goal) break;
+    }
+    counts[f] = static_cast<double>(std::max<std::size_t>(taken, 1));
+  }
+}
+
+// Eight partial sums keep the additions independent of one another.
+template <class Term>
+double sum_of(std::size_t count, const Term& term) {
+  std::array<double, 8> parts{};
+  std::size_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    for (std::size_t p = 0; p < 8; ++p) parts[p] += term(i + p);
+  }
+  for (std::size_t p = 0; i < count; ++i, ++p) parts[p] += term(i);
+  return ((parts[0] + parts[4]) + (parts[2] + parts[6])) + ((parts[1] + parts[5]) + (parts[3] + parts[7]));
+}
+
+// sum_i (2i - V - 1) x_(i) with the i-th smallest and i-th largest taken together: no term is negative, nothing cancels.
+double gini(const double* ascending, std::size_t count, double sum) {
+  const double spread = sum_of(count / 2, [&](std::size_t i) {
+    return static_cast<double>(count - 1 - 2 * i) * (ascending[count - 1 - i] - ascending[i]);
+  });
+  return spread / (static_cast<double>(count) * sum);
+}
+
+void group_statistics(const OrderQuery& query, OrderResult& result) {
+  const std::size_t groups = std::min(static_cast<std::size_t>(query.stride), query.count);
+  const auto means = std::make_unique<double[]>(groups);
+  for (std::size_t start = 0; start < query.count; start += groups) {
+    const std::size_t n = std::min(groups, query.count - start);
+    for (std::size_t k = 0; k < n; ++k) means[k] += std::sqrt(query.energies[start + k]);
+  }
+  const std::size_t full = query.count / groups, longer = query.count % groups;
+  for (std::size_t k = 0; k < groups; ++k) means[k] /= static_cast<double>(full + (k < longer ? 1 : 0));
+  const double mean = sum_of(groups, [&](std::size_t k) { return means[k]; }) / static_cast<double>(groups);
+  const double squares = sum_of(groups, [&](std::size_t k) { return (means[k] - mean) * (means[k] - mean); });
+  const auto [least, most] = std::minmax_element(means.get(), means.get() + groups);
+  result.group_variance = std::scalbn(squares / static_cast<double>(groups), 2 * query.exponent);
+  result.group_max = *most;
+  result.group_min = *least;
+  result.group_mean = mean;
+}
+
+}  // namespace
+
+OrderResult order_statistics(const OrderQuery& query, double* counts) {
+  OrderResult result{kNaN, kNaN, kNaN, kNaN, kNaN, kNaN};
+  std::fill(counts, counts + query.n_fractions, kNaN);
+  const std::size_t count = query.count;
+  Keys keys = std::make_unique_for_overwrite<std::uint64_t[]>(count);
+  std::uint64_t largest = 0;
+  for (std::size_t i = 0; i < count; ++i) {  // energies are not negative: their bits sort as they do, NaN above all
+    keys[i] = std::bit_cast<std::uint64_t>(query.energies[i]) & (~std::uint64_t{0} >> 1);
+    largest = std::max(largest, keys[i]);
+  }
+  if (count == 0 || largest >= std::bit_cast<std::uint64_t>(std::numeric_limits<double>::infinity())) return result;
+  if (largest == 0) {
+    if (query.stride > 0) result.group_variance = 0.0;
+    return result;
+  }
+  sort_keys(keys, count);
+  const auto norms = std::make_unique_for_overwrite<double[]>(count);
+  for (std::size_t i = 0; i < count; ++i) norms[i] = std::sqrt(std::bit_cast<double>(keys[i]));
+  const double sum = sum_of(count, [&](std::size_t i) { return norms[i]; });
+
+  result.gini = gini(norms.get(), count, sum);
+  const double reference = query.threshold_of_mean ? sum / static_cast<double>(count) : norms[count - 1];
+  const double* under = std::lower_bound(norms.get(), norms.get() + count, query.threshold * reference);
+  result.fraction_below = static_cast<double>(under - norms.get()) / static_cast<double>(count);
+  if (query.energy_power == 1) {
+    least_counts(norms.get(), query, counts);
+  } else {
+    least_counts(reinterpret_cast<const double*>(keys.get()), query, counts);
+  }
+  if (query.stride > 0) group_statistics(query, result);
+  return result;
+}
+
+}  // namespace normscope

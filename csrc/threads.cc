@@ -1,0 +1,120 @@
+// On Linux the jobs run on the OpenMP threads PyTorch itself uses, found in the process at run time: after an operator
+// those threads spin for a while, and a pool of our own would fight them for the cores. Where PyTorch's OpenMP runtime
+// is not there, plain threads are started for the call, which only large inputs are worth.
+#include "threads.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cfenv>
+#include <cstring>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <link.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace normscope {
+namespace {
+
+// Round to nearest, sub-normals kept: other libraries and torch.set_flush_denormal change this per thread.
+class DefaultFloatMode {
+ public:
+#if defined(__SSE2__)
+  DefaultFloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultFloatMode() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned int saved_;
+#else
+  DefaultFloatMode() { std::feholdexcept(&saved_), std::fesetenv(FE_DFL_ENV); }
+  ~DefaultFloatMode() { std::fesetenv(&saved_); }
+
+ private:
+  std::fenv_t saved_;
+#endif
+};
+
+struct Work {
+  Job job;
+  void* context;
+  std::size_t count;
+  std::atomic<std::size_t> next{0};
+
+  void run() {
+    const DefaultFloatMode float_mode;
+    for (std::size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) job(context, i);
+  }
+};
+
+using RunTeam = void (*)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel
+
+std::atomic<bool> in_forked_child{false};
+
+#if defined(__linux__) && !defined(NORMSCOPE_STD_THREADS)
+RunTeam find_team() {
+  void* torch = nullptr;
+  dl_iterate_phdr(
+      [](dl_phdr_info* library, std::size_t, void* result) {
+        if (std::strstr(library->dlpi_name, "libtorch_cpu.so") == nullptr) return 0;
+        *static_cast<void**>(result) = dlopen(library->dlpi_name, RTLD_NOLOAD | RTLD_NOW);
+        return 1;
+      },
+      &torch);
+  // Searches libtorch_cpu and then what it is linked to: the very runtime its own parallel loops use.
+  return torch == nullptr ? nullptr : reinterpret_cast<RunTeam>(dlsym(torch, "GOMP_parallel"));
+}
+#else
+RunTeam find_team() { return nullptr; }
+#endif
+
+RunTeam team() {
+  static const RunTeam found = [] {
+#if defined(__unix__) || defined(__APPLE__)
+    // An OpenMP runtime does not survive a fork: its threads are gone and it waits for them.
+    pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true, std::memory_order_relaxed); });
+#endif
+    return find_team();
+  }();
+  return found;
+}
+
+void run_on_new_threads(Work& work, int threads) {
+  std::vector<std::thread> helpers;
+  helpers.reserve(static_cast<std::size_t>(threads - 1));
+  try {
+    for (int i = 1; i < threads; ++i) helpers.emplace_back([&work] { work.run(); });
+  } catch (const std::system_error&) {
+    // No more threads to be had: those that started, and the caller, do the work.
+  }
+  work.run();
+  for (std::thread& helper : helpers) helper.join();
+}
+
+}  // namespace
+
+void parallel_for(std::size_t count, int threads, Job job, void* context) {
+  Work work{job, context, count};
+  threads = static_cast<int>(std::min<std::size_t>(count, static_cast<std::size_t>(std::max(threads, 1))));
+  const RunTeam run_team = team();
+  if (threads <= 1 || in_forked_child.load(std::memory_order_relaxed)) {
+    work.run();
+  } else if (run_team != nullptr) {
+    run_team([](void* shared) { static_cast<Work*>(shared)->run(); }, &work, static_cast<unsigned>(threads), 0);
+  } else {
+    run_on_new_threads(work, threads);
+  }
+}
+
+const char* thread_source() { return team() != nullptr ? "openmp" : "std::thread"; }
+
+}  // namespace normscope

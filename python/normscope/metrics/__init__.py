@@ -1,0 +1,1 @@
+"""The metrics: pure functions from raw sums to named values."""

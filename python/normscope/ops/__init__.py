@@ -1,0 +1,80 @@
+"""The operations and their contracts; each runs on the backend that fits its tensors or that was chosen.
+
+A backend is a module with these three functions. ``reference`` is the specification: plain PyTorch in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch import Tensor
+
+from normscope.ops import backends
+from normscope.ops.contract import OrderStatistics
+from normscope.stats import Energies, Stats
+
+__all__ = ["OrderStatistics", "backends", "fused_pass", "order_statistics", "row_energies"]
+
+
+def fused_pass(
+    gradients: Sequence[Tensor], weights: Sequence[Tensor | None] | None = None, tables: Collection[int] = ()
+) -> Stats:
+    """Everything that one read of each tensor tells.
+
+    Args:
+        gradients: float16, bfloat16, float32 or float64, any shape and strides, or sparse COO (coalesced or not).
+        weights: beside them, where the dot product and the weight's norm are wanted; same shapes as the gradients.
+        tables: indices of the gradients whose rows are tokens; their row energies are returned too.
+
+    Returns:
+        The columns of :data:`normscope.stats.COLUMNS` per tensor, as defined in float64 on the values as stored.
+        The same tensors give the same bits, whatever the threads and whatever else is in the list.
+
+    Raises:
+        UnsupportedTensorError: a dtype, layout or device that no chosen backend reads.
+        ValueError: a weight differs from its gradient in shape.
+    """
+    return backends.of(gradients).fused_pass(gradients, weights, tables)
+
+
+def row_energies(gradient: Tensor) -> Energies:
+    """Squared L2 norm of each row (first dimension) of one gradient, without its other sums.
+
+    Raises:
+        UnsupportedTensorError: a dtype, layout or device that no chosen backend reads.
+    """
+    return backends.of((gradient,)).row_energies(gradient)
+
+
+def order_statistics(
+    energies: Energies,
+    *,
+    fractions: Sequence[float] = (0.5, 0.9),
+    threshold: float = 0.01,
+    threshold_of: str = "max",
+    energy_power: int = 2,
+    stride: int | None = None,
+) -> OrderStatistics:
+    """How V token energies are distributed; x_t is the square root of energy t.
+
+    Args:
+        energies: float64 ``[V]``.
+        fractions: for each, the least number of tokens whose energies sum to that fraction of the total. Sums that
+            reach it on paper reach it here: they are compared after rounding once, with 2^-51 of slack.
+        threshold: tokens with x_t < threshold * reference are counted as under the threshold.
+        threshold_of: the reference, ``"max"`` or ``"mean"`` of x.
+        energy_power: 2 sums energies x_t^2, 1 sums the norms x_t.
+        stride: token t belongs to group ``t % stride``; None for no groups.
+
+    Returns:
+        NaN everywhere if an energy is NaN or infinite, or if V = 0; for all-zero energies NaN but for the variance of
+        the groups, which is 0.
+    """
+    return backends.of((energies.values,)).order_statistics(
+        energies,
+        fractions=fractions,
+        threshold=threshold,
+        threshold_of=threshold_of,
+        energy_power=energy_power,
+        stride=stride,
+    )

@@ -1,0 +1,105 @@
+"""The table of backends: which exist, which can be used here and why not, and which one an operation runs on."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from normscope.errors import BackendError
+from normscope.ops.contract import Backend
+
+
+class BackendInfo(NamedTuple):
+    """One row of :func:`backends`.
+
+    Attributes:
+        name: what :func:`backend` and ``NORMSCOPE_BACKEND`` take.
+        available: whether it can be used in this process.
+        reason: why not, or what it runs on.
+    """
+
+    name: str
+    available: bool
+    reason: str
+
+
+# Preferred first, for the tensors that each can read.
+_MODULES = {"cpu": "normscope.ops.cpu", "reference": "normscope.ops.reference"}
+_chosen: ContextVar[str | None] = ContextVar("normscope_backend", default=os.environ.get("NORMSCOPE_BACKEND") or None)
+
+
+@cache
+def _load(name: str) -> tuple[Backend | None, str]:
+    try:
+        module = importlib.import_module(_MODULES[name])
+    except ImportError as error:
+        return None, f"cannot be imported: {error}"
+    return cast(Backend, module), module.describe()
+
+
+def backends() -> list[BackendInfo]:
+    """The backends of this version, whether each can be used in this process, and why not.
+
+    Example:
+        >>> [info.name for info in backends() if info.name == "reference" and info.available]
+        ['reference']
+    """
+    return [BackendInfo(name, _load(name)[0] is not None, _load(name)[1]) for name in _MODULES]
+
+
+def _named(name: str) -> Backend:
+    if name not in _MODULES:
+        raise BackendError(f"there is no backend {name!r}; choose one of {', '.join(_MODULES)}")
+    module, reason = _load(name)
+    if module is None:
+        raise BackendError(f"backend {name!r} was asked for and is not available: {reason}")
+    return module
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Use one backend for every operation inside the block, instead of the one that fits the tensors.
+
+    The environment variable ``NORMSCOPE_BACKEND`` does the same for a whole process.
+
+    Raises:
+        BackendError: there is no such backend, or it is not available here.
+
+    Example:
+        >>> import torch, normscope as ns
+        >>> with ns.backend("reference"):
+        ...     ns.norms({"w": torch.tensor([3.0, 4.0])})["total_norm"]
+        5.0
+    """
+    _named(name)
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+@cache
+def _accelerator_present() -> bool:
+    return torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
+
+
+def of(tensors: Sequence[Tensor]) -> Backend:
+    """The backend to use for these tensors: the chosen one, else the fastest that reads all of them."""
+    chosen = _chosen.get()
+    if chosen is not None:
+        return _named(chosen)
+    compiled, _ = _load("cpu")
+    # Looking at every tensor's device costs as much as the pass over a small model, so it is done only where a device
+    # other than the CPU exists.
+    if compiled is not None and not (_accelerator_present() and any(not tensor.is_cpu for tensor in tensors)):
+        return compiled
+    return _named("reference")

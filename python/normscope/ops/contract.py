@@ -1,0 +1,145 @@
+"""What every backend has in common: the protocol it fulfils, the dtypes it reads, the sparse layout it is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from normscope.errors import UnsupportedTensorError
+from normscope.stats import Energies, Stats
+
+#: Position in this tuple is the dtype code of the compiled core.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+#: Relative slack with which a partial sum reaches the asked fraction of the total.
+TIE_SLACK = 2.0**-51
+
+#: Magnitudes whose squares and sums of squares stay well inside float64's range, as powers of two.
+SAFE_EXPONENTS = (-450, 500)
+
+
+class OrderStatistics(NamedTuple):
+    """Order statistics of V energies; float64, on the device of the energies.
+
+    ``values`` holds gini, fraction_below, group_variance, group_max, group_min, group_mean, then one count a fraction;
+    the group entries are those of the group means and NaN without groups.
+    """
+
+    values: Tensor
+
+    @property
+    def gini(self) -> Tensor:
+        return self.values[0]
+
+    @property
+    def fraction_below(self) -> Tensor:
+        return self.values[1]
+
+    @property
+    def group_variance(self) -> Tensor:
+        return self.values[2]
+
+    @property
+    def group_max(self) -> Tensor:
+        return self.values[3]
+
+    @property
+    def group_min(self) -> Tensor:
+        return self.values[4]
+
+    @property
+    def group_mean(self) -> Tensor:
+        return self.values[5]
+
+    @property
+    def counts(self) -> Tensor:
+        return self.values[6:]
+
+
+class Backend(Protocol):
+    """The functions a backend module offers; :mod:`normscope.ops` documents them."""
+
+    def fused_pass(
+        self, gradients: Sequence[Tensor], weights: Sequence[Tensor | None] | None, tables: Collection[int]
+    ) -> Stats: ...
+
+    def row_energies(self, gradient: Tensor) -> Energies: ...
+
+    def order_statistics(
+        self,
+        energies: Energies,
+        *,
+        fractions: Sequence[float],
+        threshold: float,
+        threshold_of: str,
+        energy_power: int,
+        stride: int | None,
+    ) -> OrderStatistics: ...
+
+
+def rows_of(tensor: Tensor) -> int:
+    """Number of tokens of a token table: its first extent, 1 for a 0-d tensor."""
+    return tensor.shape[0] if tensor.dim() else 1
+
+
+def check_readable(index: int, tensor: Tensor) -> None:
+    """Raise :class:`UnsupportedTensorError` unless the tensor's dtype and layout are among those every backend reads."""
+    if tensor.dtype not in DTYPES:
+        raise UnsupportedTensorError(index, f"dtype {tensor.dtype} is not one of float16, bfloat16, float32, float64")
+    if tensor.layout not in (torch.strided, torch.sparse_coo):
+        raise UnsupportedTensorError(index, f"layout {tensor.layout} is not dense or sparse COO")
+    if tensor.device.type == "meta":
+        raise UnsupportedTensorError(index, "a tensor on the meta device holds no data")
+
+
+def check_weights(gradients: Sequence[Tensor], weights: Sequence[Tensor | None] | None) -> None:
+    """Raise ValueError unless every weight has the shape of its gradient."""
+    for index, (gradient, weight) in enumerate(zip(gradients, weights or (), strict=weights is not None)):
+        if weight is not None and weight.shape != gradient.shape:
+            raise ValueError(
+                f"tensor {index}: gradient {tuple(gradient.shape)} and weight {tuple(weight.shape)} differ in shape"
+            )
+
+
+class SparseRows(NamedTuple):
+    """A sparse COO tensor as sums of stored rows: row i is the sum of stored rows ``order[offsets[i]:offsets[i+1]]``.
+
+    ``values`` is ``[stored, row length]`` contiguous; the others are int64. Row i lies at ``positions[i]`` of the dense
+    form seen as rows of that length, and belongs to token ``tokens[i]``; with more than one sparse dimension several
+    rows share a token.
+    """
+
+    values: Tensor
+    order: Tensor
+    offsets: Tensor
+    positions: Tensor
+    tokens: Tensor
+
+
+def sparse_rows(tensor: Tensor) -> SparseRows:
+    """Group the stored rows of a sparse COO tensor by position; nothing of the dense size is made."""
+    indices, values = tensor._indices(), tensor._values().detach()
+    stored = indices.shape[1]
+    sparse_shape = tensor.shape[: tensor.sparse_dim()]
+    position = torch.zeros(stored, dtype=torch.int64, device=indices.device)
+    for dimension, extent in enumerate(sparse_shape):
+        position = position * extent + indices[dimension]
+    if tensor.is_coalesced():
+        order = torch.arange(stored, device=indices.device)
+    else:
+        position, order = torch.sort(position, stable=True)
+    positions, repeats = torch.unique_consecutive(position, return_counts=True)
+    offsets = torch.zeros(len(positions) + 1, dtype=torch.int64, device=indices.device)
+    torch.cumsum(repeats, dim=0, out=offsets[1:])
+    row_length = math.prod(tensor.shape[tensor.sparse_dim() :])
+    return SparseRows(
+        values.reshape(stored, row_length).contiguous(),
+        order,
+        offsets,
+        positions,
+        positions // max(math.prod(sparse_shape[1:]), 1),
+    )

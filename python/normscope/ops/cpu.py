@@ -1,0 +1,156 @@
+"""The ``cpu`` backend: hands addresses, shapes and dtypes of CPU tensors to the compiled core."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from normscope import _core
+from normscope.errors import UnsupportedTensorError
+from normscope.ops.contract import DTYPES, OrderStatistics, check_readable, check_weights, rows_of, sparse_rows
+from normscope.stats import COLUMN_INDEX, COLUMNS, Energies, Stats
+
+# PyTorch 2.10 and later describe a tensor to compiled code directly; before, its attributes are read from Python.
+_reads_tensors = _core.use_exchange_api(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
+_Described = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+
+def describe() -> str:
+    """What this backend runs on."""
+    return f"compiled core, {_core.instruction_set()}, threads from {_core.thread_source()}"
+
+
+def _described(tensor: Tensor) -> Tensor | _Described:
+    if _reads_tensors:
+        return tensor
+    if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.dtype not in DTYPES:
+        raise _core.Unsupported
+    return tensor.data_ptr(), DTYPES.index(tensor.dtype), tuple(tensor.shape), tensor.stride()
+
+
+def _list_of(tensors: Sequence[Tensor | None]) -> list[Tensor | _Described | None]:
+    if _reads_tensors:
+        return list(tensors)
+    return [None if tensor is None else _described(tensor) for tensor in tensors]
+
+
+def _check(index: int, tensor: Tensor) -> None:
+    check_readable(index, tensor)
+    if not tensor.is_cpu:
+        raise UnsupportedTensorError(index, f"the cpu backend does not read tensors on {tensor.device}")
+
+
+def _run(
+    gradients: Sequence[Tensor], weights: Sequence[Tensor | None] | None, tables: Collection[int], sums: Tensor | None
+) -> dict[int, Energies]:
+    values = {index: torch.empty(rows_of(gradients[index]), dtype=torch.float64) for index in tables}
+    exponents = _core.fused_pass(
+        _list_of(gradients),
+        None if weights is None else _list_of(weights),
+        [(index, energies.data_ptr()) for index, energies in values.items()],
+        0 if sums is None else sums.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return {
+        index: Energies(energies, exponent)
+        for (index, energies), exponent in zip(values.items(), exponents, strict=True)
+    }
+
+
+def _run_sparse(gradient: Tensor, weight: Tensor | None, sums: Tensor) -> Energies:
+    rows = sparse_rows(gradient)
+    every_row = torch.arange(len(rows.positions) + 1)
+    energies = torch.zeros(len(rows.positions), dtype=torch.float64)
+    exponent = _core.sparse_pass(
+        _described(rows.values),
+        None if weight is None else _described(weight.contiguous()),
+        _core.SparseGradient(
+            rows.order.data_ptr(),
+            rows.offsets.data_ptr(),
+            rows.positions.data_ptr(),
+            every_row.data_ptr(),
+            len(rows.positions),
+            rows.values.shape[1],
+        ),
+        energies.data_ptr(),
+        sums.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if weight is not None:  # the pass beside the gradient saw only the weight's rows that the gradient has
+        first = COLUMN_INDEX["weight_squares"]
+        sums[first : first + 3] = fused_pass([weight]).sums[0, :3]
+    whole = torch.zeros(rows_of(gradient), dtype=torch.float64)
+    return Energies(whole.index_add_(0, rows.tokens, energies), exponent)
+
+
+@torch.no_grad()
+def fused_pass(
+    gradients: Sequence[Tensor], weights: Sequence[Tensor | None] | None = None, tables: Collection[int] = ()
+) -> Stats:
+    """See :func:`normscope.ops.fused_pass`."""
+    if weights is not None:
+        check_weights(gradients, weights)
+    sums = torch.empty((len(gradients), len(COLUMNS)), dtype=torch.float64)
+    counts = [gradient.numel() for gradient in gradients]
+    try:
+        return Stats(sums, counts, _run(gradients, weights, tables, sums))
+    except _core.Unsupported:
+        return Stats(sums, counts, _run_mixed(gradients, weights, tables, sums))
+
+
+def _run_mixed(
+    gradients: Sequence[Tensor], weights: Sequence[Tensor | None] | None, tables: Collection[int], sums: Tensor
+) -> dict[int, Energies]:
+    """The pass over a list that holds sparse tensors, or one that names the tensor that cannot be read."""
+    energies: dict[int, Energies] = {}
+    for index, gradient in enumerate(gradients):
+        weight = None if weights is None else weights[index]
+        for tensor in (gradient, weight):
+            if tensor is not None:
+                _check(index, tensor)
+        if gradient.layout is torch.sparse_coo:
+            found = _run_sparse(gradient, weight, sums[index])
+            if index in tables:
+                energies[index] = found
+        else:
+            try:
+                found_rows = _run([gradient], [weight], (0,) if index in tables else (), sums[index])
+            except _core.Unsupported:
+                raise UnsupportedTensorError(index, f"{type(gradient).__name__} is not plain CPU memory") from None
+            if index in tables:
+                energies[index] = found_rows[0]
+    return energies
+
+
+@torch.no_grad()
+def row_energies(gradient: Tensor) -> Energies:
+    """See :func:`normscope.ops.row_energies`."""
+    try:
+        return _run([gradient], None, (0,), None)[0]
+    except _core.Unsupported:
+        return fused_pass([gradient], None, (0,)).energies[0]
+
+
+def order_statistics(
+    energies: Energies,
+    *,
+    fractions: Sequence[float],
+    threshold: float,
+    threshold_of: str,
+    energy_power: int,
+    stride: int | None,
+) -> OrderStatistics:
+    """See :func:`normscope.ops.order_statistics`."""
+    values = _core.order_statistics(
+        energies.values.data_ptr(),
+        energies.values.numel(),
+        energies.exponent,
+        threshold,
+        threshold_of == "mean",
+        energy_power,
+        list(fractions),
+        stride or 0,
+    )
+    return OrderStatistics(torch.tensor(values, dtype=torch.float64))

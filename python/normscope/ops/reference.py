@@ -1,0 +1,160 @@
+"""The specification: every operation in plain PyTorch and float64, on any device, with no attention to speed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from normscope.ops.contract import (
+    SAFE_EXPONENTS,
+    TIE_SLACK,
+    OrderStatistics,
+    check_readable,
+    check_weights,
+    rows_of,
+    sparse_rows,
+)
+from normscope.stats import COLUMN_INDEX, COLUMNS, RANGE_SHIFT, Energies, Stats
+
+
+def describe() -> str:
+    """What this backend runs on."""
+    return "plain PyTorch in float64 on any device"
+
+
+def _float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64: dense ``[elements]``, or for sparse ones the sums of their stored rows ``[rows, length]``."""
+    if tensor.layout is torch.strided:
+        return tensor.detach().to(torch.float64).reshape(-1)
+    rows = sparse_rows(tensor)
+    sums = torch.zeros(len(rows.positions), rows.values.shape[1], dtype=torch.float64, device=tensor.device)
+    row_of_stored = torch.repeat_interleave(torch.arange(len(rows.positions), device=tensor.device), rows.offsets.diff())
+    return sums.index_add_(0, row_of_stored, rows.values[rows.order].to(torch.float64))
+
+
+def _exponent(magnitude: Tensor) -> int:
+    """Power of two to take out of values of this largest magnitude before they are squared; 0 where none is needed."""
+    largest = float(magnitude)
+    if not math.isfinite(largest) or largest == 0.0:
+        return 0
+    exponent = math.frexp(largest)[1] - 1
+    return 0 if SAFE_EXPONENTS[0] <= exponent <= SAFE_EXPONENTS[1] else exponent
+
+
+def _largest(values: Tensor) -> Tensor:
+    return values.abs().amax() if values.numel() else values.new_zeros(())
+
+
+def _scaled(values: Tensor, exponent: int) -> Tensor:
+    """``values * 2**-exponent``, in two steps so that the factor itself stays in range."""
+    half = exponent // 2
+    return values * 2.0**-half * 2.0 ** -(exponent - half)
+
+
+def _put(row: Tensor, column: str, value: Tensor, exponent: int) -> None:
+    """Write ``value * 2**exponent`` to the one of the three columns that can hold it."""
+    if exponent > SAFE_EXPONENTS[1]:
+        row[COLUMN_INDEX[column] + 1] = value * 2.0 ** (exponent - RANGE_SHIFT)
+    elif exponent < SAFE_EXPONENTS[0]:
+        row[COLUMN_INDEX[column] + 2] = value * 2.0 ** (exponent + RANGE_SHIFT)
+    else:
+        row[COLUMN_INDEX[column]] = value * 2.0**exponent
+
+
+def _sums(gradient: Tensor, weight: Tensor | None) -> Tensor:
+    row = torch.zeros(len(COLUMNS), dtype=torch.float64, device=gradient.device)
+    g = _float64(gradient)
+    exponent = _exponent(_largest(g))
+    scaled = _scaled(g, exponent)
+    _put(row, "sum_squares", scaled.square().sum(), 2 * exponent)
+    row[COLUMN_INDEX["sum_abs"]] = g.abs().sum()
+    row[COLUMN_INDEX["max_abs"]] = _largest(g)
+    row[COLUMN_INDEX["nonfinite"]] = (~g.isfinite()).sum()
+    if weight is not None:
+        w = _float64(weight)
+        weight_exponent = _exponent(_largest(w))
+        w = _scaled(w, weight_exponent)
+        _put(row, "weight_squares", w.square().sum(), 2 * weight_exponent)
+        if gradient.layout is not torch.strided:
+            w = w.reshape(-1, g.shape[1])[sparse_rows(gradient).positions]
+        _put(row, "dot", (scaled * w).sum(), exponent + weight_exponent)
+    return row
+
+
+def row_energies(gradient: Tensor) -> Energies:
+    """See :func:`normscope.ops.row_energies`."""
+    check_readable(0, gradient)
+    g = _float64(gradient)
+    exponent = _exponent(_largest(g))
+    squares = _scaled(g, exponent).square()
+    rows = rows_of(gradient)
+    if gradient.layout is torch.strided:
+        return Energies(squares.reshape(rows, squares.numel() // max(rows, 1)).sum(dim=1), exponent)
+    energies = torch.zeros(rows, dtype=torch.float64, device=gradient.device)
+    return Energies(energies.index_add_(0, sparse_rows(gradient).tokens, squares.sum(dim=1)), exponent)
+
+
+@torch.no_grad()
+def fused_pass(
+    gradients: Sequence[Tensor], weights: Sequence[Tensor | None] | None = None, tables: Collection[int] = ()
+) -> Stats:
+    """See :func:`normscope.ops.fused_pass`."""
+    check_weights(gradients, weights)
+    for index, gradient in enumerate(gradients):
+        check_readable(index, gradient)
+    rows = [_sums(g, w) for g, w in zip(gradients, weights or [None] * len(gradients), strict=True)]
+    device = rows[0].device if rows else None
+    sums = torch.stack([row.to(device) for row in rows]) if rows else torch.zeros(0, len(COLUMNS), dtype=torch.float64)
+    return Stats(sums, [g.numel() for g in gradients], {i: row_energies(gradients[i]) for i in tables})
+
+
+def _least_count(descending: list[float], fraction: float) -> float:
+    """Least n such that the n largest sum to the fraction of the total; sums are exact, rounded once."""
+    goal = fraction * math.fsum(descending) * (1.0 - TIE_SLACK)
+    low, high = 1, len(descending)
+    while low < high:
+        middle = (low + high) // 2
+        if math.fsum(descending[:middle]) >= goal:
+            high = middle
+        else:
+            low = middle + 1
+    return float(low)
+
+
+@torch.no_grad()
+def order_statistics(
+    energies: Energies,
+    *,
+    fractions: Sequence[float],
+    threshold: float,
+    threshold_of: str,
+    energy_power: int,
+    stride: int | None,
+) -> OrderStatistics:
+    """See :func:`normscope.ops.order_statistics`."""
+    values = energies.values
+    result = torch.full((6 + len(fractions),), math.nan, dtype=torch.float64, device=values.device)
+    count = values.numel()
+    if count == 0 or not bool(values.isfinite().all()):
+        return OrderStatistics(result)
+    if not bool(values.any()):
+        if stride is not None:
+            result[2] = 0.0
+        return OrderStatistics(result)
+    x = values.sqrt()
+    ascending = x.sort().values
+    rank = torch.arange(1, count + 1, dtype=torch.float64, device=values.device)
+    result[0] = ((2 * rank - count - 1) * ascending).sum() / (count * x.sum())
+    reference = x.max() if threshold_of == "max" else x.mean()
+    result[1] = (x < threshold * reference).to(torch.float64).mean()
+    descending = (values if energy_power == 2 else x).sort(descending=True).values.tolist()
+    for index, fraction in enumerate(fractions):
+        result[6 + index] = _least_count(descending, fraction)
+    if stride is not None:
+        means = torch.stack([x[k::stride].mean() for k in range(min(stride, count))])
+        result[2] = (means - means.mean()).square().mean() * 2.0 ** (2 * energies.exponent)
+        result[3], result[4], result[5] = means.max(), means.min(), means.mean()
+    return OrderStatistics(result)

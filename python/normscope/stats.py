@@ -1,0 +1,106 @@
+"""What one pass over memory leaves behind: raw sums per tensor, and how the sums of two parts of a tensor merge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Merge(Enum):
+    """How the values of two parts of a tensor (chunks, threads, ranks) combine into the value of the whole."""
+
+    SUM = "sum"
+    MAX = "max"  # a NaN wins
+
+
+class Column(NamedTuple):
+    """One raw quantity of a tensor; all are float64."""
+
+    name: str
+    merge: Merge
+    meaning: str
+
+
+COLUMNS = (
+    Column("sum_squares", Merge.SUM, "sum of g_i^2"),
+    Column("sum_squares_large", Merge.SUM, "the part of it above float64's range, times 2^-RANGE_SHIFT"),
+    Column("sum_squares_small", Merge.SUM, "the part of it below float64's range, times 2^RANGE_SHIFT"),
+    Column("sum_abs", Merge.SUM, "sum of abs(g_i)"),
+    Column("max_abs", Merge.MAX, "max of abs(g_i); 0 without elements"),
+    Column("nonfinite", Merge.SUM, "number of g_i that are NaN or infinite"),
+    Column("dot", Merge.SUM, "sum of g_i W_i; 0 without a weight"),
+    Column("dot_large", Merge.SUM, "as sum_squares_large, for dot"),
+    Column("dot_small", Merge.SUM, "as sum_squares_small, for dot"),
+    Column("weight_squares", Merge.SUM, "sum of W_i^2; 0 without a weight"),
+    Column("weight_squares_large", Merge.SUM, "as sum_squares_large, for the weight"),
+    Column("weight_squares_small", Merge.SUM, "as sum_squares_small, for the weight"),
+)
+COLUMN_INDEX = {column.name: index for index, column in enumerate(COLUMNS)}
+
+#: The squares of float64 values beyond 1e150 or below 1e-135 leave float64's range (narrower dtypes cannot do that).
+#: They are kept in columns of their own, scaled by this power of two, and come back in :func:`root`.
+RANGE_SHIFT = 1200
+
+
+class Energies(NamedTuple):
+    """Squared L2 norm of each row of a token table.
+
+    ``values`` is float64 ``[rows]`` and belongs to the table times ``2**-exponent``; ``exponent`` is 0 unless float64
+    squares would leave float64's range. Rows some 2**500 times smaller than the largest then count as zero.
+    """
+
+    values: Tensor
+    exponent: int
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Raw sums of a list of tensors.
+
+    Attributes:
+        sums: float64 ``[tensors, len(COLUMNS)]`` on the device of the tensors.
+        counts: number of elements of each tensor (for sparse tensors, of their dense form).
+        energies: index into the list -> row energies, for the tensors that were marked as token tables.
+    """
+
+    sums: Tensor
+    counts: Sequence[int]
+    energies: dict[int, Energies] = field(default_factory=dict)
+
+    def column(self, name: str) -> Tensor:
+        """The float64 ``[tensors]`` column of that name."""
+        return self.sums[:, COLUMN_INDEX[name]]
+
+    def roots(self, squares: str) -> Tensor:
+        """Square roots, float64 ``[tensors]``, of the sums of squares in column ``squares``."""
+        return root(self.sums, squares)
+
+
+_MAX_COLUMNS = [index for index, column in enumerate(COLUMNS) if column.merge is Merge.MAX]
+
+
+def merge(sums: Tensor) -> Tensor:
+    """Merge parts, float64 ``[..., parts, columns]``, into the sums of the whole, ``[..., columns]``."""
+    merged = sums.sum(dim=-2)
+    for index in _MAX_COLUMNS:
+        column = sums[..., index]
+        merged[..., index] = column.amax(dim=-1) if column.shape[-1] else 0.0
+    return merged
+
+
+def root(sums: Tensor, squares: str) -> Tensor:
+    """Square root of the sum of squares in column ``squares`` of ``sums`` (``[..., columns]``)."""
+    first = COLUMN_INDEX[squares]
+    middle, large, small = sums[..., first], sums[..., first + 1], sums[..., first + 2]
+    plain = middle.sqrt()
+    if sums.device.type == "cpu" and not sums[..., first + 1 : first + 3].any():
+        return plain
+    half = 2.0 ** (RANGE_SHIFT // 2)
+    above = torch.sqrt(large + middle / half / half) * half
+    below = torch.sqrt(small + middle * half * half) / half
+    return torch.where(large > 0, above, torch.where((small > 0) & (middle < 2.0**-900), below, plain))
