@@ -1,0 +1,59 @@
+# make demo    train modular addition to grokking and draw it
+# make test    all checks and the whole test suite
+# make bench   time against the alternatives and against the last committed run
+# Each makes the virtual environment .venv first, if it is not there or older than the sources.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := Makefile pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc python -type f -not -path '*/__pycache__/*' -not -name '*.so')
+CXX_FILES := $(shell find csrc tests -name '*.cc' -o -name '*.h')
+# The build's own requirements are installed by a pip inside pip, which knows constraints only from the environment.
+PIP_INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+BUILD_SETTINGS := $(if $(CI),--config-settings=cmake.define.NORMSCOPE_WERROR=ON)
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint format sanitize bench install clean
+
+demo: .venv/demo-installed
+	$(BIN)/normscope grok --model mlp --p 59
+
+test: lint sanitize
+	$(BIN)/python -m pytest --doctest-modules --pyargs normscope tests
+
+lint: .venv/test-installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: .venv/test-installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+sanitize: .venv/test-installed
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \
+	  -DNORMSCOPE_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/sanitize
+
+bench: .venv/test-installed
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json
+	$(BIN)/python -m bench.compare build/bench.json
+
+install: .venv/test-installed
+
+.venv/demo-installed: EXTRAS := cli,plot
+.venv/test-installed: EXTRAS := test
+.venv/test-installed: TOOLS := cmake ninja pybind11
+.venv/%-installed: .venv/pyvenv.cfg $(SOURCES)
+	$(PIP_INSTALL) $(BUILD_SETTINGS) '.[$(EXTRAS)]' $(TOOLS)
+	@touch $@
+
+.venv/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "normscope needs Python 3.10 or later; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf .venv build
