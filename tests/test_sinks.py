@@ -62,7 +62,8 @@ class TestEverySink:
         assert (tmp_path / "a" / "b" / "metrics").exists()
 
     def test_str_and_pathlike(self, file_sink: FileSink, path: Path) -> None:
-        for step, target in enumerate((str(path), path)):
+        targets: list[str | Path] = [str(path), path]
+        for step, target in enumerate(targets):
             with file_sink(target) as sink:
                 sink.write(record(step, total_norm=1.0))
         assert steps(path) == [0, 1]
@@ -101,6 +102,15 @@ class TestEverySink:
         path.write_bytes(whole + b"2" * 200_000)
         file_sink(path).close()
         assert path.read_bytes() == whole
+
+    @pytest.mark.parametrize(
+        "content", [b"Dear diary", b"Dear diary,\n\ntoday", b"{\n  1: 2\n}", b"\x89PNG\r\n\x1a\n\x00"]
+    )
+    def test_some_other_file_is_left_alone(self, file_sink: FileSink, path: Path, content: bytes) -> None:
+        path.write_bytes(content)
+        with pytest.raises(RecordFileError, match=r"metrics.*, line 1: not a "):
+            file_sink(path)
+        assert path.read_bytes() == content
 
     def test_file_that_holds_only_a_torn_line(self, file_sink: FileSink, path: Path) -> None:
         path.write_bytes(b'{"ste' if file_sink is sinks.JSONL else b"step,poi")

@@ -34,13 +34,11 @@ class LineAppender:
 
 
 def mend_last_line(path: Path, is_whole: Callable[[bytes], bool]) -> None:
-    """Make ``path`` end with a line break, if it is a file that holds anything.
+    """Make the file ``path`` end with a line break, if it holds anything.
 
     A last line without one is what a killed writer leaves. It is cut off, unless ``is_whole(line)``: then only its
     line break is missing.
     """
-    if not path.exists():
-        return
     with open(path, "rb+") as file:
         end = start = file.seek(0, os.SEEK_END)
         tail = b""

@@ -34,7 +34,8 @@ class CSV(Sink):
         RecordFileError: the file exists and is not such a table.
 
     Example:
-        >>> path = getfixture("tmp_path") / "metrics.csv"
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "metrics.csv")
         >>> with CSV(path) as sink:
         ...     sink.write(Record(10, "post_step", {"norms/total_norm": 0.1}))
         ...     sink.write(Record(20, "post_step", {"norms/total_norm": 0.2, "task/loss": float("nan")}))
@@ -50,9 +51,12 @@ class CSV(Sink):
         super().__init__(os.fspath(path))
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        # A row that lacks only its line break cannot be told from one cut within its last number.
-        mend_last_line(self._path, is_whole=lambda line: False)
-        self._columns = _read_columns(self._path)
+        self._columns: list[str] = []
+        if self._path.exists():
+            _refuse_other_files(self._path)
+            # A row that lacks only its line break cannot be told from one cut within its last number.
+            mend_last_line(self._path, is_whole=lambda line: False)
+            self._columns = _read_columns(self._path)
         if keep_until is not None and self._columns:
             _drop_after(self._path, self._columns, keep_until)
         self._lines = LineAppender(self._path)
@@ -86,15 +90,17 @@ def _to_line(row: list[str]) -> bytes:
     return text.getvalue().encode()
 
 
+def _refuse_other_files(path: Path) -> None:
+    start = ",".join(_FIXED).encode()
+    with open(path, "rb") as file:
+        if not start.startswith(file.read(len(start))):
+            raise RecordFileError(f"{path}, line 1: not a table of records: its first columns are not step and point")
+
+
 def _read_columns(path: Path) -> list[str]:
     """The header of the table; empty where there is none yet."""
-    if not path.exists() or path.stat().st_size == 0:
-        return []
     with open(path, encoding="utf-8", newline="") as file:
-        columns = next(csv.reader(file))
-    if tuple(columns[: len(_FIXED)]) != _FIXED:
-        raise RecordFileError(f"{path}, line 1: not a table of records: its first columns are not step and point")
-    return columns
+        return next(csv.reader(file), [])
 
 
 def _read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:

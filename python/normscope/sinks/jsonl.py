@@ -31,10 +31,11 @@ class JSONL(Sink):
             run resumes from. None keeps everything.
 
     Raises:
-        RecordFileError: with ``keep_until``, a line of the file is not a record.
+        RecordFileError: the file's first line, or with ``keep_until`` any line, is not a record.
 
     Example:
-        >>> path = getfixture("tmp_path") / "run" / "metrics.jsonl"
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "run", "metrics.jsonl")
         >>> with JSONL(path) as sink:
         ...     sink.write(Record(10, LifecyclePoint.POST_STEP, {"norms/total_norm": 0.1, "a/b": math.nan}))
         >>> path.read_text()
@@ -49,9 +50,11 @@ class JSONL(Sink):
         super().__init__(os.fspath(path))
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        mend_last_line(file, _is_record)
-        if keep_until is not None and file.exists():
-            _drop_after(file, keep_until)
+        if file.exists():
+            next(_parse_lines(file), None)  # some other file must not lose its last line
+            mend_last_line(file, _is_record)
+            if keep_until is not None:
+                _drop_after(file, keep_until)
         self._lines = LineAppender(file)
 
     def _write(self, record: Record) -> None:
@@ -137,7 +140,7 @@ def _parse_lines(path: Path) -> Iterator[tuple[bytes, Record]]:
             try:
                 record = _from_line(line)
             except (ValueError, OverflowError) as error:
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n") and (number > 1 or line.startswith(b"{")):
                     return
                 raise RecordFileError(f"{path}, line {number}: not a record: {error}") from error
             yield line, record
