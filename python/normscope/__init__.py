@@ -1,1 +1,41 @@
 """normscope: exact gradient norms, token-gradient statistics and spectra of a PyTorch model while it trains."""
+
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+
+from normscope import sinks
+from normscope.errors import NormscopeError
+from normscope.functional import norms, token_gradient
+from normscope.metrics.token_gradient import TokenGradientOptions
+from normscope.monitor import Monitor
+from normscope.observer import Intervention, Observer, Reads, View
+from normscope.observers import Norms, TokenGradient
+from normscope.ops.backends import BackendInfo, backend, backends
+from normscope.record import LifecyclePoint, Record
+from normscope.sinks import read_records
+
+try:
+    __version__ = _version("normscope")
+except _PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "BackendInfo",
+    "Intervention",
+    "LifecyclePoint",
+    "Monitor",
+    "Norms",
+    "NormscopeError",
+    "Observer",
+    "Reads",
+    "Record",
+    "TokenGradient",
+    "TokenGradientOptions",
+    "View",
+    "backend",
+    "backends",
+    "norms",
+    "read_records",
+    "sinks",
+    "token_gradient",
+]

@@ -18,6 +18,20 @@ class AmbiguousEmbeddingError(NormscopeError, ValueError):
     """The token table cannot be chosen automatically; the message lists the candidates."""
 
 
+class UnsupportedTensorError(NormscopeError, TypeError):
+    """A tensor that cannot be read: its dtype, layout or device.
+
+    Attributes:
+        index: position of the tensor in the list it came in.
+        reason: why it cannot be read.
+    """
+
+    def __init__(self, index: int, reason: str, name: str | None = None) -> None:
+        super().__init__(f"{name or f'tensor {index}'}: {reason}")
+        self.index = index
+        self.reason = reason
+
+
 class BackendError(NormscopeError, RuntimeError):
     """A backend was asked for by name and cannot be used."""
 

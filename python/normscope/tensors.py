@@ -1,9 +1,9 @@
-"""From a model, or a mapping, to the named tensors to read: clean names, each tensor once, and which one holds tokens."""
+"""From a model or a mapping to the named tensors to read: clean names, each tensor once, which one holds tokens."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import NamedTuple
@@ -82,26 +82,33 @@ def gradients(source: nn.Module | Mapping[str, Tensor | None]) -> TensorList:
     return found
 
 
-def token_table(model: nn.Module, embedding: str | nn.Module | None = None) -> str:
+def token_table(
+    model: nn.Module, embedding: str | nn.Module | None = None, with_gradient: Collection[str] | None = None
+) -> str:
     """Name of the parameter whose rows are tokens.
 
     Args:
         model: the model.
+        with_gradient: names of the parameters that have a gradient; by default those whose ``.grad`` is set.
         embedding: the embedding module, or a name or shell-style pattern of the module or parameter. By default the
             one ``nn.Embedding`` (or ``nn.EmbeddingBag``) that has a gradient.
 
     Raises:
         AmbiguousEmbeddingError: none or several fit; the message lists the candidates.
     """
-    names = {id(tensor): name for name, tensor in zip(*parameters(model), strict=True)}
+    found = parameters(model)
+    names = {id(tensor): name for name, tensor in zip(*found, strict=True)}
+    if with_gradient is None:
+        with_gradient = {name for name, tensor in zip(*found, strict=True) if tensor.grad is not None}
     if isinstance(embedding, nn.Module):
         weight = getattr(embedding, "weight", None)
         if id(weight) not in names:
             raise AmbiguousEmbeddingError(f"the given {type(embedding).__name__} holds no weight of this model")
         return names[id(weight)]
     if embedding is None:
-        tables = [module.weight for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
-        candidates = sorted({names[id(w)] for w in tables if w.grad is not None and id(w) in names})
+        embeddings = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
+        held = {names[id(module.weight)] for module in embeddings if id(module.weight) in names}
+        candidates = [name for name in names.values() if name in held and name in with_gradient]
         problem = "no nn.Embedding of the model has a gradient" if not candidates else "several embeddings fit"
     else:
         candidates = [

@@ -87,7 +87,7 @@ def rows_of(tensor: Tensor) -> int:
 
 
 def check_readable(index: int, tensor: Tensor) -> None:
-    """Raise :class:`UnsupportedTensorError` unless the tensor's dtype and layout are among those every backend reads."""
+    """Raise :class:`UnsupportedTensorError` unless dtype and layout are among those every backend reads."""
     if tensor.dtype not in DTYPES:
         raise UnsupportedTensorError(index, f"dtype {tensor.dtype} is not one of float16, bfloat16, float32, float64")
     if tensor.layout not in (torch.strided, torch.sparse_coo):

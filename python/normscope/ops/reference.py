@@ -26,12 +26,13 @@ def describe() -> str:
 
 
 def _float64(tensor: Tensor) -> Tensor:
-    """The tensor in float64: dense ``[elements]``, or for sparse ones the sums of their stored rows ``[rows, length]``."""
+    """The tensor in float64: dense ``[elements]``, sparse ``[rows, length]`` with stored rows of one place added up."""
     if tensor.layout is torch.strided:
         return tensor.detach().to(torch.float64).reshape(-1)
     rows = sparse_rows(tensor)
     sums = torch.zeros(len(rows.positions), rows.values.shape[1], dtype=torch.float64, device=tensor.device)
-    row_of_stored = torch.repeat_interleave(torch.arange(len(rows.positions), device=tensor.device), rows.offsets.diff())
+    every_row = torch.arange(len(rows.positions), device=tensor.device)
+    row_of_stored = torch.repeat_interleave(every_row, rows.offsets.diff())
     return sums.index_add_(0, row_of_stored, rows.values[rows.order].to(torch.float64))
 
 

@@ -1,0 +1,78 @@
+"""How the gradient of a token table is distributed over its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from normscope import ops
+from normscope.metrics.values import Values
+from normscope.stats import Energies
+
+
+@dataclass(frozen=True)
+class TokenGradientOptions:
+    """Variants of the token-gradient metrics found in published code; the defaults are this project's definition.
+
+    Attributes:
+        stride: tokens t with equal ``t % stride`` form a group; None leaves the stride metrics out.
+        sparsity: reference and factor of ``gradient_sparsity``: ``("max", 0.01)`` or, for example, ``("mean", 0.1)``.
+        energy_power: 2 counts on energies x_t^2, 1 on norms x_t.
+        ratio: ``"max/min"`` or ``"max/mean"`` of the group means.
+
+    Raises:
+        ValueError: an option is outside what is listed here.
+    """
+
+    stride: int | None = None
+    sparsity: tuple[Literal["max", "mean"], float] = ("max", 0.01)
+    energy_power: Literal[1, 2] = 2
+    ratio: Literal["max/min", "max/mean"] = "max/min"
+
+    def __post_init__(self) -> None:
+        if self.stride is not None and (not isinstance(self.stride, int) or self.stride < 1):
+            raise ValueError(f"stride must be a positive integer, got {self.stride!r}")
+        if len(self.sparsity) != 2 or self.sparsity[0] not in ("max", "mean") or not self.sparsity[1] >= 0:
+            raise ValueError(f"sparsity must be ('max' or 'mean', a factor >= 0), got {self.sparsity!r}")
+        if self.energy_power not in (1, 2):
+            raise ValueError(f"energy_power must be 1 or 2, got {self.energy_power!r}")
+        if self.ratio not in ("max/min", "max/mean"):
+            raise ValueError(f"ratio must be 'max/min' or 'max/mean', got {self.ratio!r}")
+
+
+_KEYS = ("gradient_sparsity", "gradient_gini", "tokens_for_50pct", "tokens_for_90pct", "concentration_ratio")
+_STRIDE_KEYS = (*_KEYS, "stride_group_variance", "stride_group_max_ratio")
+
+
+def token_gradient(energies: Energies, options: TokenGradientOptions) -> Values:
+    """Metrics of V token energies; x_t is the L2 norm of row t of the table's gradient, its energy x_t^2.
+
+    =============================================  =====================================================================
+    ``gradient_sparsity``                          fraction of tokens with x_t < 0.01 max(x)
+    ``gradient_gini``                              sum_i (2i - V - 1) x_(i) / (V sum x), x ascending
+    ``tokens_for_50pct``, ``tokens_for_90pct``     least number of tokens that hold 50 %, 90 % of the energy
+    ``concentration_ratio``                        ``tokens_for_50pct`` / V
+    ``stride_group_variance``                      population variance of the group means of x
+    ``stride_group_max_ratio``                     largest group mean / smallest; inf where only the smallest is 0
+    =============================================  =====================================================================
+
+    An all-zero gradient makes all of them NaN but ``stride_group_variance``, which is 0; a NaN or inf makes all NaN.
+    """
+    threshold_of, threshold = options.sparsity
+    found = ops.order_statistics(
+        energies,
+        fractions=(0.5, 0.9),
+        threshold=threshold,
+        threshold_of=threshold_of,
+        energy_power=options.energy_power,
+        stride=options.stride,
+    )
+    tokens = energies.values.numel()
+    half = found.counts[0]
+    values = [found.fraction_below, found.gini, half, found.counts[1], half / max(tokens, 1)]
+    if options.stride is None:
+        return Values(_KEYS, torch.stack(values))
+    reference = found.group_min if options.ratio == "max/min" else found.group_mean
+    return Values(_STRIDE_KEYS, torch.stack([*values, found.group_variance, found.group_max / reference]))

@@ -1,0 +1,106 @@
+"""The observers normscope ships: gradient norms and token gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Literal
+
+from torch import nn
+
+from normscope import tensors
+from normscope.errors import NoGradientError
+from normscope.metrics.norms import norms
+from normscope.metrics.token_gradient import TokenGradientOptions, token_gradient
+from normscope.metrics.values import Values
+from normscope.observer import Observer, Reads, View
+
+
+class _GradientObserver(Observer):
+    def __init__(
+        self, accumulate: Literal["epoch"] | None, every: int | Callable[[int], bool], start: int, stop: int | None
+    ) -> None:
+        super().__init__(every=every, start=start, stop=stop)
+        if accumulate not in (None, "epoch"):
+            raise ValueError(f"accumulate must be None or 'epoch', got {accumulate!r}")
+        self.reads = Reads(gradients="epoch_mean" if accumulate else "current")
+
+
+class Norms(_GradientObserver):
+    """Gradient norms after each epoch (or each step of a loop without epochs); keys as in :func:`normscope.norms`.
+
+    Args:
+        accumulate: ``"epoch"`` observes the mean of the gradients of the epoch's optimizer steps, for each parameter
+            over the steps at which it had one, instead of the gradients on the model. It needs the optimizer
+            (``Monitor(..., optimizer=...)``) and keeps a float64 copy of the gradients.
+        every, start, stop: the schedule, see :class:`normscope.observer.Scheduled`.
+    """
+
+    name = "norms"
+
+    def __init__(
+        self,
+        *,
+        accumulate: Literal["epoch"] | None = None,
+        every: int | Callable[[int], bool] = 1,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> None:
+        super().__init__(accumulate, every, start, stop)
+
+    def observe(self, view: View) -> Values:
+        """Norms of the gradients of the pass."""
+        assert view.gradients is not None
+        return norms(view.gradients.stats, view.gradients.names)
+
+
+class TokenGradient(_GradientObserver):
+    """How an embedding's gradient is distributed over its tokens; keys as in :func:`normscope.token_gradient`.
+
+    Args:
+        stride: groups of tokens, ``t % stride``; by default the run context's ``"stride"``, and without either the
+            stride metrics are left out.
+        embedding: the embedding module, or a name or shell-style pattern of the module or parameter; by default the
+            model's one embedding that has a gradient.
+        sparsity, energy_power, ratio: published variants, see :class:`normscope.TokenGradientOptions`.
+        accumulate, every, start, stop: as for :class:`Norms`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    name = "token_gradient"
+
+    def __init__(
+        self,
+        *,
+        stride: int | None = None,
+        embedding: str | nn.Module | None = None,
+        sparsity: tuple[Literal["max", "mean"], float] = ("max", 0.01),
+        energy_power: Literal[1, 2] = 2,
+        ratio: Literal["max/min", "max/mean"] = "max/min",
+        accumulate: Literal["epoch"] | None = None,
+        every: int | Callable[[int], bool] = 1,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> None:
+        super().__init__(accumulate, every, start, stop)
+        self.options = TokenGradientOptions(stride, sparsity, energy_power, ratio)
+        self.embedding = embedding
+        self._table = ""
+
+    def tables(self, view: View) -> Collection[str]:
+        """The embedding's parameter."""
+        self._table = tensors.token_table(view.model, self.embedding, view.gradient_names)
+        return (self._table,)
+
+    def observe(self, view: View) -> Values:
+        """Distribution of the embedding's row energies."""
+        assert view.gradients is not None
+        if self._table not in view.gradients.names:
+            raise NoGradientError(f"{self._table} has no gradient")
+        options = self.options
+        stride = view.context.get("stride")
+        if options.stride is None and stride is not None:
+            options = replace(options, stride=stride)
+        return token_gradient(view.gradients.energies(self._table), options)

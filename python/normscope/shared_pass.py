@@ -1,0 +1,95 @@
+"""One read of the gradients and weights for all observers that fire together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from normscope import ops
+from normscope.errors import NormscopeError, ObserverError, UnsupportedTensorError
+from normscope.metrics.values import Values
+from normscope.observer import GradientSource, GradientView, Observer, View
+from normscope.pending import Parts
+from normscope.record import LifecyclePoint
+from normscope.stats import Stats
+from normscope.tensors import TensorList
+
+
+@contextmanager
+def naming_errors(kind: str, name: str, point: LifecyclePoint, step: int) -> Iterator[None]:
+    """Let an error raised inside say which observer or intervention it comes from, and when.
+
+    normscope's own errors already say what to do and pass through with the name put in front.
+    """
+    try:
+        yield
+    except NormscopeError as error:
+        error.args = (f"{kind} {name!r} at {point.value} {step}: {error}",)
+        raise
+    except Exception as error:
+        raise ObserverError(f"{kind} {name!r} failed at {point.value} {step}: {error!r}") from error
+
+
+def read_shared(
+    observers: Sequence[Observer],
+    views: Sequence[View],
+    parameters: TensorList,
+    gradients_of: Callable[[GradientSource], TensorList],
+    parts: Parts,
+) -> None:
+    """Give each observer's view what the observer reads.
+
+    Gradients of one source are read once for all observers of that source, with the weights beside them where one of
+    those observers reads weights too. Per-parameter counts of non-finite components go to ``parts``.
+    """
+    weight_norms: dict[str, Tensor] = {}
+    for source in ("current", "epoch_mean"):
+        readers = [pair for pair in zip(observers, views, strict=True) if pair[0].reads.gradients == source]
+        if not readers:
+            continue
+        first, first_view = readers[0]
+        with naming_errors("observer", first.name, first_view.point, first_view.step):
+            gradients = gradients_of(source)
+        tables = _tables(readers, gradients)
+        beside: list[Tensor | None] | None = None
+        if any(observer.reads.weights for observer, _ in readers):
+            by_name = dict(zip(*parameters, strict=True))
+            beside = [by_name[name] for name in gradients.names]
+        stats = _named_pass(gradients, beside, tables)
+        if beside is not None:
+            weight_norms.update(zip(gradients.names, stats.roots("weight_squares"), strict=True))
+        if parts.nonfinite is None:
+            parts.nonfinite = Values(gradients.names, stats.column("nonfinite"))
+        for _, view in readers:
+            view.gradients = GradientView(gradients.names, stats)
+    if any(observer.reads.weights for observer in observers):
+        complete = _complete(weight_norms, parameters)
+        for observer, view in zip(observers, views, strict=True):
+            if observer.reads.weights:
+                view.weight_norms = complete
+
+
+def _tables(readers: Sequence[tuple[Observer, View]], gradients: TensorList) -> list[int]:
+    tables: set[int] = set()
+    for observer, view in readers:
+        view.gradient_names = gradients.names
+        with naming_errors("observer", observer.name, view.point, view.step):
+            tables.update(gradients.names.index(n) for n in observer.tables(view) if n in gradients.names)
+    return sorted(tables)
+
+
+def _named_pass(tensors: TensorList, weights: Sequence[Tensor | None] | None, tables: Sequence[int]) -> Stats:
+    try:
+        return ops.fused_pass(tensors.tensors, weights, tables)
+    except UnsupportedTensorError as error:
+        raise UnsupportedTensorError(error.index, error.reason, tensors.names[error.index]) from None
+
+
+def _complete(known: Mapping[str, Tensor], parameters: TensorList) -> dict[str, Tensor]:
+    """Norms of all parameters: the known ones, and one pass over the others."""
+    rest = [(n, t) for n, t in zip(*parameters, strict=True) if n not in known]
+    others = TensorList([n for n, _ in rest], [t for _, t in rest])
+    norms = {**known, **dict(zip(others.names, _named_pass(others, None, ()).roots("sum_squares"), strict=True))}
+    return {name: norms[name] for name in parameters.names}
