@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from normscope.errors import require
 from normscope.record import Record
 from normscope.sinks.base import Sink
-from normscope.sinks.console_table import ConsoleTable, describe_nonfinite, format_value
+from normscope.sinks.console_table import ConsoleTable, by_observer, describe_nonfinite, format_value
 
 if TYPE_CHECKING:
     import rich.console
@@ -40,9 +40,10 @@ class Console(Sink):
         ValueError: ``refresh_per_second`` is not positive.
 
     Example:
-        >>> with Console(keys=["norms/*", "!norms/norm_*"]) as sink:
-        ...     sink.write(Record(10, "post_step", {"norms/total_norm": 0.5, "norms/norm_weight": 0.5}))
-        step 10 post_step  norms/total_norm 0.5
+        >>> import normscope as ns
+        >>> with ns.sinks.Console(keys=["norms/*", "!norms/norm_*"]) as sink:
+        ...     sink.write(ns.Record(10, ns.LifecyclePoint.POST_STEP, {"norms/total_norm": 0.5, "norms/norm_w": 0.5}))
+        step 10 post_step  norms: total_norm 0.5
     """
 
     def __init__(
@@ -84,8 +85,10 @@ class Console(Sink):
         from rich.text import Text
 
         line = Text(f"step {record.step} {record.point.value}")
-        for key, value in shown.items():
-            line.append(f"  {key} {'undefined' if math.isnan(value) else format_value(value)}")
+        for observer, metrics in by_observer(shown).items():
+            line.append(f"  {observer}:" if observer else " ")
+            for metric, value in metrics.items():
+                line.append(f" {metric} {'undefined' if math.isnan(value) else format_value(value)}")
         if record.nonfinite_parameters:
             line.append(f"  {describe_nonfinite(record)}", style="bold red")
         self._console.print(line, soft_wrap=True)

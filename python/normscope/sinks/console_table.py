@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 from normscope.record import Record
 
 if TYPE_CHECKING:
     import rich.console
     import rich.table
+
+_Value = TypeVar("_Value")
 
 _BARS = "▁▂▃▄▅▆▇█"
 _COURSE_LENGTH = 16  # values shown by the bars of a course
@@ -61,14 +63,10 @@ class ConsoleTable:
 
     def _rows(self) -> Iterator[tuple[str, _Course | None]]:
         """A heading for each observer (no course), and under it its metrics."""
-        by_observer: dict[str, list[tuple[str, _Course]]] = {"": []}  # keys of no observer come first
-        for key, course in self._courses.items():
-            observer, _, metric = key.rpartition("/")
-            by_observer.setdefault(observer, []).append((metric, course))
-        for observer, courses in by_observer.items():
+        for observer, courses in by_observer(self._courses).items():
             if observer:
                 yield observer, None
-            yield from ((f"  {metric}" if observer else metric, course) for metric, course in courses)
+            yield from ((f"  {metric}" if observer else metric, course) for metric, course in courses.items())
 
     def _grid(self, rows: Iterable[tuple[str, _Course | None]], *, can_draw_bars: bool) -> rich.table.Table:
         from rich import box
@@ -138,6 +136,15 @@ class _Course:
             return _BARS[round(share * (len(_BARS) - 1))]
 
         return "".join(map(bar, self.recent))
+
+
+def by_observer(values: Mapping[str, _Value]) -> dict[str, dict[str, _Value]]:
+    """Values of ``observer/metric`` keys as observer -> metric -> value; keys of no observer come first, under ""."""
+    groups: dict[str, dict[str, _Value]] = {}
+    for key in sorted(values, key=lambda key: "/" in key):
+        observer, _, metric = key.rpartition("/")
+        groups.setdefault(observer, {})[metric] = values[key]
+    return groups
 
 
 def format_value(value: float) -> str:

@@ -34,11 +34,12 @@ class CSV(Sink):
         RecordFileError: the file exists and is not such a table.
 
     Example:
-        >>> import tempfile
+        >>> import math, tempfile
+        >>> import normscope as ns
         >>> path = Path(tempfile.mkdtemp(), "metrics.csv")
-        >>> with CSV(path) as sink:
-        ...     sink.write(Record(10, "post_step", {"norms/total_norm": 0.1}))
-        ...     sink.write(Record(20, "post_step", {"norms/total_norm": 0.2, "task/loss": float("nan")}))
+        >>> with ns.sinks.CSV(path) as sink:
+        ...     sink.write(ns.Record(10, ns.LifecyclePoint.POST_STEP, {"norms/total_norm": 0.1}))
+        ...     sink.write(ns.Record(20, ns.LifecyclePoint.POST_STEP, {"norms/total_norm": 0.2, "task/loss": math.nan}))
         >>> print(path.read_text(), end="")
         step,point,norms/total_norm,task/loss
         10,post_step,0.1,

@@ -35,12 +35,13 @@ class JSONL(Sink):
 
     Example:
         >>> import tempfile
+        >>> import normscope as ns
         >>> path = Path(tempfile.mkdtemp(), "run", "metrics.jsonl")
-        >>> with JSONL(path) as sink:
-        ...     sink.write(Record(10, LifecyclePoint.POST_STEP, {"norms/total_norm": 0.1, "a/b": math.nan}))
+        >>> with ns.sinks.JSONL(path) as sink:
+        ...     sink.write(ns.Record(10, ns.LifecyclePoint.POST_STEP, {"norms/total_norm": 0.1, "task/loss": math.nan}))
         >>> path.read_text()
-        '{"step": 10, "point": "post_step", "norms/total_norm": 0.1, "a/b": null}\\n'
-        >>> read_records(path)[0]["norms/total_norm"]
+        '{"step": 10, "point": "post_step", "norms/total_norm": 0.1, "task/loss": null}\\n'
+        >>> ns.read_records(path)[0]["norms/total_norm"]
         0.1
     """
 

@@ -23,6 +23,12 @@ class TensorBoard(Sink):
 
     Raises:
         MissingExtraError: tensorboard is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> import normscope as ns
+        >>> with ns.sinks.TensorBoard(tempfile.mkdtemp()) as sink:
+        ...     sink.write(ns.Record(10, ns.LifecyclePoint.POST_STEP, {"norms/total_norm": 0.1}))
     """
 
     def __init__(self, log_dir: str | os.PathLike[str], *, purge_step: int | None = None) -> None:
