@@ -68,8 +68,10 @@ TensorView view_of(const py::handle& object) {
 
 using EnergyTarget = std::tuple<std::size_t, std::uintptr_t>;  // index into the list, address of float64[rows]
 
-std::vector<int> run_fused_pass(const py::list& gradients, const std::optional<py::list>& weights,
-                                const std::vector<EnergyTarget>& energies, std::uintptr_t sums, int threads) {
+// Returns whether values out of float64's range were met, and the exponent of each energy target.
+std::pair<bool, std::vector<int>> run_fused_pass(const py::list& gradients, const std::optional<py::list>& weights,
+                                                 const std::vector<EnergyTarget>& energies, std::uintptr_t sums,
+                                                 int threads) {
   std::vector<PassEntry> entries(gradients.size());
   for (std::size_t i = 0; i < entries.size(); ++i) {
     entries[i].gradient = view_of(gradients[i]);
@@ -83,15 +85,16 @@ std::vector<int> run_fused_pass(const py::list& gradients, const std::optional<p
     }
   }
   for (const auto& [index, address] : energies) entries.at(index).energies = reinterpret_cast<double*>(address);
-  std::vector<double> unused(sums == 0 ? entries.size() * kColumns : 0);
+  std::vector<double> unused(sums == 0 ? (entries.size() + 1) * kColumns : 0);
+  bool out_of_range = false;
   {
     const py::gil_scoped_release release;
-    fused_pass(entries, sums == 0 ? unused.data() : reinterpret_cast<double*>(sums), threads);
+    out_of_range = fused_pass(entries, sums == 0 ? unused.data() : reinterpret_cast<double*>(sums), threads);
   }
   std::vector<int> exponents;
   exponents.reserve(energies.size());
   for (const auto& target : energies) exponents.push_back(entries[std::get<0>(target)].energy_exponent);
-  return exponents;
+  return {out_of_range, exponents};
 }
 
 struct SparseGradient {  // addresses of int64 arrays, as normscope.ops.contract.SparseRows has them
@@ -156,7 +159,7 @@ PYBIND11_MODULE(_core, module) {
   using namespace normscope;
   module.doc() = "Compiled core of normscope; use normscope.ops instead.";
   thread_source();  // registers the fork handler while no fork can have happened yet
-  static py::exception<Unsupported> unsupported(module, "Unsupported", PyExc_TypeError);
+  py::register_exception<Unsupported>(module, "Unsupported", PyExc_TypeError);
 
   module.def("use_exchange_api", &use_exchange_api, py::arg("capsule"),
              "Read tensors through torch.Tensor.__dlpack_c_exchange_api__; False where its version is not understood.");

@@ -16,6 +16,9 @@ constexpr std::size_t kJobElements = kUnit / 2;   // small units are handed to t
 constexpr std::size_t kSerialElements = 1 << 15;  // less work than this is not worth waking a thread
 constexpr double kSmallestSafeSquare = 0x1p-900;  // sums of squares below may have lost sub-normal squares
 
+constexpr std::array kOutOfRange = {kSumSquaresLarge, kSumSquaresSmall,      kDotLarge,
+                                    kDotSmall,        kWeightSquaresLarge,   kWeightSquaresSmall};
+
 // A sum with the rounding error of every addition carried beside it (Neumaier 1974).
 class CompensatedSum {
  public:
@@ -247,7 +250,7 @@ struct Unit {
 
 }  // namespace
 
-void fused_pass(std::vector<PassEntry>& entries, double* sums, int threads) {
+bool fused_pass(std::vector<PassEntry>& entries, double* sums, int threads) {
   std::vector<EntryPass> passes;
   passes.reserve(entries.size());
   std::vector<Unit> units;
@@ -287,12 +290,19 @@ void fused_pass(std::vector<PassEntry>& entries, double* sums, int threads) {
   parallel_for(jobs.size() - 1, total < kSerialElements ? 1 : threads, run_job);
 
   std::size_t next = 0;
+  Sums whole;
   for (std::size_t e = 0; e < entries.size(); ++e) {
     Sums entry_sums;
     for (; next < units.size() && units[next].entry == e; ++next) entry_sums.add(partials[next].data());
-    entry_sums.write(sums + e * kColumns);
+    double* row = sums + e * kColumns;
+    entry_sums.write(row);
+    row[kCount] = static_cast<double>(passes[e].count());
+    whole.add(row);
     passes[e].rescale_energies(threads);
   }
+  double* merged = sums + entries.size() * kColumns;
+  whole.write(merged);
+  return std::any_of(kOutOfRange.begin(), kOutOfRange.end(), [merged](Column c) { return !(merged[c] == 0.0); });
 }
 
 }  // namespace normscope

@@ -23,12 +23,13 @@ enum Column : std::size_t {
   kWeightSquares,
   kWeightSquaresLarge,
   kWeightSquaresSmall,
+  kCount,
   kColumns
 };
 inline constexpr std::array<const char*, kColumns> kColumnNames = {
     "sum_squares", "sum_squares_large", "sum_squares_small", "sum_abs",        "max_abs",
     "nonfinite",   "dot",               "dot_large",         "dot_small",      "weight_squares",
-    "weight_squares_large",             "weight_squares_small"};
+    "weight_squares_large",             "weight_squares_small", "count"};
 
 // The *_large and *_small columns hold what float64 squares would lose, divided or multiplied by 2^kRangeShift.
 inline constexpr int kRangeShift = 1200;
@@ -47,7 +48,8 @@ struct PassEntry {
   bool wants_sums = true;
 };
 
-// Fills sums [entries, kColumns], row by row, and the energies.
-void fused_pass(std::vector<PassEntry>& entries, double* sums, int threads);
+// Fills sums [entries + 1, kColumns], row by row and the last row with all entries merged, and the energies. Returns
+// whether any *_large or *_small column holds anything.
+bool fused_pass(std::vector<PassEntry>& entries, double* sums, int threads);
 
 }  // namespace normscope

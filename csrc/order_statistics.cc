@@ -13,6 +13,8 @@ namespace {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 using Keys = std::unique_ptr<std::uint64_t[]>;
+constexpr int kDigitBits = 12;
+constexpr std::uint64_t kDigitMask = (std::uint64_t{1} << kDigitBits) - 1;
 
 // Sorts by straight insertion and gives up, false, after more than `budget` moves.
 bool insertion_sort(std::uint64_t* keys, std::size_t count, std::size_t budget) {
@@ -27,43 +29,47 @@ bool insertion_sort(std::uint64_t* keys, std::size_t count, std::size_t budget) 
   return true;
 }
 
-// Ascending. The leading 33 bits in which the keys differ go through a radix sort; that leaves few neighbours to swap.
+// Stable counting sorts by `passes` digits of the key, starting at bit `shift`; `other` is scratch of the same size.
+void radix_sort(Keys& keys, Keys& other, std::size_t count, int shift, int passes) {
+  std::array<std::uint32_t, kDigitMask + 1> starts;
+  for (int pass = 0; pass < passes; ++pass, shift += kDigitBits) {
+    const auto digit = [shift](std::uint64_t key) { return (key >> shift) & kDigitMask; };
+    starts.fill(0);
+    for (std::size_t i = 0; i < count; ++i) ++starts[digit(keys[i])];
+    std::uint32_t position = 0;
+    for (std::uint32_t& start : starts) position += std::exchange(start, position);
+    for (std::size_t i = 0; i < count; ++i) other[starts[digit(keys[i])]++] = keys[i];
+    keys.swap(other);
+  }
+}
+
+// Ascending. Two passes over the leading bits in which the keys differ leave few neighbours to swap; where they do
+// leave many, all bits go through.
 void sort_keys(Keys& keys, std::size_t count) {
-  constexpr int kDigit = 11, kPasses = 3;
-  constexpr std::uint64_t kMask = (1u << kDigit) - 1;
   std::uint64_t differing = 0;
   for (std::size_t i = 1; i < count; ++i) differing |= keys[i] ^ keys[0];
-  if (differing == 0) return;
-  if (count > 64) {
-    const int top = static_cast<int>(std::bit_width(differing));
-    const int shift = std::max(0, top - kDigit * kPasses);
-    const auto digit = [shift](std::uint64_t key, int pass) { return (key >> (shift + pass * kDigit)) & kMask; };
-    std::array<std::array<std::uint32_t, kMask + 1>, kPasses> starts{};
-    for (std::size_t i = 0; i < count; ++i) {
-      for (int pass = 0; pass < kPasses; ++pass) ++starts[static_cast<std::size_t>(pass)][digit(keys[i], pass)];
-    }
-    Keys other = std::make_unique_for_overwrite<std::uint64_t[]>(count);
-    for (int pass = 0; pass < kPasses && shift + pass * kDigit < top; ++pass) {
-      auto& start = starts[static_cast<std::size_t>(pass)];
-      std::uint32_t position = 0;
-      for (std::uint32_t& entry : start) position += std::exchange(entry, position);
-      for (std::size_t i = 0; i < count; ++i) other[start[digit(keys[i], pass)]++] = keys[i];
-      keys.swap(other);
-    }
+  const int bits = static_cast<int>(std::bit_width(differing));
+  if (bits == 0) return;
+  Keys other = std::make_unique_for_overwrite<std::uint64_t[]>(count);
+  if (count > 256) radix_sort(keys, other, count, std::max(0, bits - 2 * kDigitBits), 2);
+  if (!insertion_sort(keys.get(), count, 8 * count)) {
+    radix_sort(keys, other, count, 0, (bits + kDigitBits - 1) / kDigitBits);
   }
-  if (!insertion_sort(keys.get(), count, 8 * count)) std::sort(keys.get(), keys.get() + count);
+}
+
+// high + low += x, where low collects what rounding takes from high (Knuth's two-sum).
+inline void two_sum(double& high, double& low, double x) {
+  const double sum = high + x;
+  const double part = sum - high;
+  low += (high - (sum - part)) + (x - part);
+  high = sum;
 }
 
 // An unevaluated sum of two float64; adding to it loses nothing that float64 could show.
 struct DoubleSum {
   double high = 0.0, low = 0.0;
 
-  void add(double x) {  // Knuth's two-sum
-    const double sum = high + x;
-    const double part = sum - high;
-    low += (high - (sum - part)) + (x - part);
-    high = sum;
-  }
+  void add(double x) { two_sum(high, low, x); }
   void add(const DoubleSum& other) {
     add(other.high);
     low += other.low;
@@ -78,11 +84,7 @@ DoubleSum block_sum(const double* values, std::size_t count) {
   std::array<double, kParts> high{}, low{};
   const std::size_t whole = count - count % kParts;
   for (std::size_t i = 0; i < whole; i += kParts) {
-    for (std::size_t p = 0; p < kParts; ++p) {
-      const double x = values[i + p], sum = high[p] + x, part = sum - high[p];
-      low[p] += (high[p] - (sum - part)) + (x - part);
-      high[p] = sum;
-    }
+    for (std::size_t p = 0; p < kParts; ++p) two_sum(high[p], low[p], values[i + p]);
   }
   DoubleSum total;
   for (std::size_t p = 0; p < kParts; ++p) total.add(DoubleSum{high[p], low[p]});
@@ -136,13 +138,16 @@ double gini(const double* ascending, std::size_t count, double sum) {
 
 void group_statistics(const OrderQuery& query, OrderResult& result) {
   const std::size_t groups = std::min(static_cast<std::size_t>(query.stride), query.count);
-  const auto means = std::make_unique<double[]>(groups);
+  const auto means = std::make_unique<double[]>(groups);  // the high parts of sums until they are divided
+  const auto low = std::make_unique<double[]>(groups);
   for (std::size_t start = 0; start < query.count; start += groups) {
     const std::size_t n = std::min(groups, query.count - start);
-    for (std::size_t k = 0; k < n; ++k) means[k] += std::sqrt(query.energies[start + k]);
+    for (std::size_t k = 0; k < n; ++k) two_sum(means[k], low[k], std::sqrt(query.energies[start + k]));
   }
   const std::size_t full = query.count / groups, longer = query.count % groups;
-  for (std::size_t k = 0; k < groups; ++k) means[k] /= static_cast<double>(full + (k < longer ? 1 : 0));
+  for (std::size_t k = 0; k < groups; ++k) {
+    means[k] = (means[k] + low[k]) / static_cast<double>(full + (k < longer ? 1 : 0));
+  }
   const double mean = sum_of(groups, [&](std::size_t k) { return means[k]; }) / static_cast<double>(groups);
   const double squares = sum_of(groups, [&](std::size_t k) { return (means[k] - mean) * (means[k] - mean); });
   const auto [least, most] = std::minmax_element(means.get(), means.get() + groups);
@@ -158,31 +163,37 @@ OrderResult order_statistics(const OrderQuery& query, double* counts) {
   OrderResult result{kNaN, kNaN, kNaN, kNaN, kNaN, kNaN};
   std::fill(counts, counts + query.n_fractions, kNaN);
   const std::size_t count = query.count;
+  // Energies are not negative: their bits sort as they do, NaN above all. Tokens of no energy come first as they are,
+  // so that they do not stretch the range of bits to sort.
   Keys keys = std::make_unique_for_overwrite<std::uint64_t[]>(count);
   std::uint64_t largest = 0;
-  for (std::size_t i = 0; i < count; ++i) {  // energies are not negative: their bits sort as they do, NaN above all
-    keys[i] = std::bit_cast<std::uint64_t>(query.energies[i]) & (~std::uint64_t{0} >> 1);
-    largest = std::max(largest, keys[i]);
+  std::size_t positive = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::uint64_t key = std::bit_cast<std::uint64_t>(query.energies[i]) & (~std::uint64_t{0} >> 1);
+    largest = std::max(largest, key);
+    keys[positive] = key;
+    positive += key != 0 ? 1 : 0;
   }
   if (count == 0 || largest >= std::bit_cast<std::uint64_t>(std::numeric_limits<double>::infinity())) return result;
   if (largest == 0) {
     if (query.stride > 0) result.group_variance = 0.0;
     return result;
   }
-  sort_keys(keys, count);
-  const auto norms = std::make_unique_for_overwrite<double[]>(count);
-  for (std::size_t i = 0; i < count; ++i) norms[i] = std::sqrt(std::bit_cast<double>(keys[i]));
+  sort_keys(keys, positive);
+  const std::size_t zeros = count - positive;
+  const auto energies = std::make_unique<double[]>(count);
+  const auto norms = std::make_unique<double[]>(count);
+  for (std::size_t i = 0; i < positive; ++i) {
+    energies[zeros + i] = std::bit_cast<double>(keys[i]);
+    norms[zeros + i] = std::sqrt(energies[zeros + i]);
+  }
   const double sum = sum_of(count, [&](std::size_t i) { return norms[i]; });
 
   result.gini = gini(norms.get(), count, sum);
   const double reference = query.threshold_of_mean ? sum / static_cast<double>(count) : norms[count - 1];
   const double* under = std::lower_bound(norms.get(), norms.get() + count, query.threshold * reference);
   result.fraction_below = static_cast<double>(under - norms.get()) / static_cast<double>(count);
-  if (query.energy_power == 1) {
-    least_counts(norms.get(), query, counts);
-  } else {
-    least_counts(reinterpret_cast<const double*>(keys.get()), query, counts);
-  }
+  least_counts(query.energy_power == 1 ? norms.get() : energies.get(), query, counts);
   if (query.stride > 0) group_statistics(query, result);
   return result;
 }

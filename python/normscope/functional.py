@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -18,7 +18,7 @@ __all__ = ["naming", "norms", "token_gradient"]
 
 
 @contextmanager
-def naming(names: list[str]) -> Iterator[None]:
+def naming(names: Sequence[str]) -> Iterator[None]:
     """Let an error about the i-th tensor say its name."""
     try:
         yield

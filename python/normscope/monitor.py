@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType, TracebackType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from normscope.shared_pass import naming_errors, read_shared
 from normscope.tensors import TensorList
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Where records go."""
 
@@ -69,11 +70,11 @@ class Monitor:
     ) -> None:
         if loop not in ("epoch", "step"):
             raise ValueError(f"loop must be 'epoch' or 'step', got {loop!r}")
-        names = [part.name for part in (*observers, *interventions)]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two observers or interventions are called {name!r}; give one another name")
-        for part in (*observers, *interventions):
+        watching: tuple[Observer | Intervention, ...] = (*observers, *interventions)
+        names = [part.name for part in watching]
+        for part in watching:
+            if names.count(part.name) > 1:
+                raise ValueError(f"two observers or interventions are called {part.name!r}; give one another name")
             if loop not in part.points:
                 raise ValueError(f"{part.name!r} does not fit loop={loop!r}, only {', '.join(map(repr, part.points))}")
         self.model = model
@@ -203,30 +204,30 @@ class Monitor:
         return means
 
     def _write(self, record: Record) -> None:
-        failed: tuple[AnySink, Exception] | None = None
-        for sink in self.sinks:
-            try:
-                write = getattr(sink, "write", sink)
-                write(record)
-            except Exception as error:
-                failed = failed or (sink, error)
-        if failed is not None:
-            sink, error = failed
-            raise SinkError(f"sink {_sink_name(sink)} failed at {record.point.value} {record.step}: {error}") from error
+        self._each_sink("write", lambda sink: _write_to(sink, record), f" at {record.point.value} {record.step}")
 
     def close(self) -> None:
-        """Detach from the optimizer and close every sink; the first failure is raised after all were closed."""
+        """Detach from the optimizer and close every sink.
+
+        Raises:
+            SinkError: a sink failed to close; it is named, and the others are closed.
+        """
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        failed: tuple[AnySink, Exception] | None = None
+        self._each_sink("close", lambda sink: getattr(sink, "close", lambda: None)(), "")
+
+    def _each_sink(self, verb: str, act: Callable[[AnySink], object], when: str) -> None:
+        """Let every sink act, then raise the first failure: one sink's trouble costs the others nothing."""
+        failures: list[tuple[AnySink, Exception]] = []
         for sink in self.sinks:
             try:
-                getattr(sink, "close", lambda: None)()
-            except Exception as error:
-                failed = failed or (sink, error)
-        if failed is not None:
-            raise SinkError(f"sink {_sink_name(failed[0])} failed to close: {failed[1]}") from failed[1]
+                act(sink)
+            except Exception as error:  # noqa: PERF203
+                failures.append((sink, error))
+        if failures:
+            sink, failure = failures[0]
+            raise SinkError(f"sink {_sink_name(sink)} failed to {verb}{when}: {failure}") from failure
 
     def __enter__(self) -> Monitor:
         return self
@@ -242,5 +243,12 @@ def _versions(parameters: TensorList) -> list[tuple[int, int, int]]:
     return [(p._version, id(p.grad), -1 if p.grad is None else p.grad._version) for p in parameters.tensors]
 
 
+def _write_to(sink: AnySink, record: Record) -> None:
+    if isinstance(sink, Sink):
+        sink.write(record)
+    else:
+        sink(record)
+
+
 def _sink_name(sink: AnySink) -> str:
-    return getattr(sink, "__qualname__", type(sink).__qualname__)
+    return getattr(sink, "__qualname__", None) or repr(sink)

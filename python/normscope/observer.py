@@ -82,7 +82,7 @@ class View:
         """Parameter -> L2 norm of its gradient, float64 0-d tensors, where the observer reads gradients."""
         if self.gradients is None:
             return {}
-        return dict(zip(self.gradients.names, self.gradients.stats.roots("sum_squares"), strict=True))
+        return dict(zip(self.gradients.names, self.gradients.stats.roots("sum_squares")[:-1], strict=True))
 
 
 class Scheduled:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, cast
 
 from torch import nn
 
@@ -100,7 +100,6 @@ class TokenGradient(_GradientObserver):
         if self._table not in view.gradients.names:
             raise NoGradientError(f"{self._table} has no gradient")
         options = self.options
-        stride = view.context.get("stride")
-        if options.stride is None and stride is not None:
-            options = replace(options, stride=stride)
+        if options.stride is None and view.context.get("stride") is not None:
+            options = replace(options, stride=cast(int, view.context["stride"]))
         return token_gradient(view.gradients.energies(self._table), options)

@@ -58,7 +58,7 @@ def _to_host(vector: Tensor) -> Callable[[], list[float]]:
         return vector.tolist
     host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
     host.copy_(vector, non_blocking=True)
-    copied = torch.cuda.Event()
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record(torch.cuda.current_stream(vector.device))
 
     def wait() -> list[float]:

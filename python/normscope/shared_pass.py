@@ -59,9 +59,9 @@ def read_shared(
             beside = [by_name[name] for name in gradients.names]
         stats = _named_pass(gradients, beside, tables)
         if beside is not None:
-            weight_norms.update(zip(gradients.names, stats.roots("weight_squares"), strict=True))
+            weight_norms.update(zip(gradients.names, stats.roots("weight_squares")[:-1], strict=True))
         if parts.nonfinite is None:
-            parts.nonfinite = Values(gradients.names, stats.column("nonfinite"))
+            parts.nonfinite = Values(gradients.names, stats.column("nonfinite")[:-1])
         for _, view in readers:
             view.gradients = GradientView(gradients.names, stats)
     if any(observer.reads.weights for observer in observers):
@@ -91,5 +91,5 @@ def _complete(known: Mapping[str, Tensor], parameters: TensorList) -> dict[str, 
     """Norms of all parameters: the known ones, and one pass over the others."""
     rest = [(n, t) for n, t in zip(*parameters, strict=True) if n not in known]
     others = TensorList([n for n, _ in rest], [t for _, t in rest])
-    norms = {**known, **dict(zip(others.names, _named_pass(others, None, ()).roots("sum_squares"), strict=True))}
+    norms = {**known, **dict(zip(others.names, _named_pass(others, None, ()).roots("sum_squares")[:-1], strict=True))}
     return {name: norms[name] for name in parameters.names}

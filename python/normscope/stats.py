@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -39,11 +38,12 @@ COLUMNS = (
     Column("weight_squares", Merge.SUM, "sum of W_i^2; 0 without a weight"),
     Column("weight_squares_large", Merge.SUM, "as sum_squares_large, for the weight"),
     Column("weight_squares_small", Merge.SUM, "as sum_squares_small, for the weight"),
+    Column("count", Merge.SUM, "number of elements; for a sparse tensor, of its dense form"),
 )
 COLUMN_INDEX = {column.name: index for index, column in enumerate(COLUMNS)}
 
 #: The squares of float64 values beyond 1e150 or below 1e-135 leave float64's range (narrower dtypes cannot do that).
-#: They are kept in columns of their own, scaled by this power of two, and come back in :func:`root`.
+#: They are kept in columns of their own, scaled by this power of two, and come back in :meth:`Stats.roots`.
 RANGE_SHIFT = 1200
 
 
@@ -63,44 +63,37 @@ class Stats:
     """Raw sums of a list of tensors.
 
     Attributes:
-        sums: float64 ``[tensors, len(COLUMNS)]`` on the device of the tensors.
-        counts: number of elements of each tensor (for sparse tensors, of their dense form).
+        sums: float64 ``[tensors + 1, len(COLUMNS)]`` on the device of the tensors; the last row merges all of them.
+        in_range: False where a ``*_large`` or ``*_small`` column may hold something.
         energies: index into the list -> row energies, for the tensors that were marked as token tables.
     """
 
     sums: Tensor
-    counts: Sequence[int]
+    in_range: bool
     energies: dict[int, Energies] = field(default_factory=dict)
 
     def column(self, name: str) -> Tensor:
-        """The float64 ``[tensors]`` column of that name."""
+        """The float64 ``[tensors + 1]`` column of that name; the last entry merges all tensors."""
         return self.sums[:, COLUMN_INDEX[name]]
 
     def roots(self, squares: str) -> Tensor:
-        """Square roots, float64 ``[tensors]``, of the sums of squares in column ``squares``."""
-        return root(self.sums, squares)
+        """Square roots, float64 ``[tensors + 1]``, of the sums of squares in column ``squares``."""
+        if self.in_range:
+            return self.column(squares).sqrt()
+        first = COLUMN_INDEX[squares]
+        middle, large, small = self.sums[:, first], self.sums[:, first + 1], self.sums[:, first + 2]
+        half = 2.0 ** (RANGE_SHIFT // 2)
+        above = torch.sqrt(large + middle / half / half) * half
+        below = torch.sqrt(small + middle * half * half) / half
+        return torch.where(large > 0, above, torch.where((small > 0) & (middle < 2.0**-900), below, middle.sqrt()))
 
 
 _MAX_COLUMNS = [index for index, column in enumerate(COLUMNS) if column.merge is Merge.MAX]
 
 
 def merge(sums: Tensor) -> Tensor:
-    """Merge parts, float64 ``[..., parts, columns]``, into the sums of the whole, ``[..., columns]``."""
-    merged = sums.sum(dim=-2)
+    """Merge parts, float64 ``[parts, columns]``, into the sums of the whole, ``[columns]``."""
+    merged = sums.sum(dim=0)
     for index in _MAX_COLUMNS:
-        column = sums[..., index]
-        merged[..., index] = column.amax(dim=-1) if column.shape[-1] else 0.0
+        merged[index] = sums[:, index].amax() if len(sums) else 0.0
     return merged
-
-
-def root(sums: Tensor, squares: str) -> Tensor:
-    """Square root of the sum of squares in column ``squares`` of ``sums`` (``[..., columns]``)."""
-    first = COLUMN_INDEX[squares]
-    middle, large, small = sums[..., first], sums[..., first + 1], sums[..., first + 2]
-    plain = middle.sqrt()
-    if sums.device.type == "cpu" and not sums[..., first + 1 : first + 3].any():
-        return plain
-    half = 2.0 ** (RANGE_SHIFT // 2)
-    above = torch.sqrt(large + middle / half / half) * half
-    below = torch.sqrt(small + middle * half * half) / half
-    return torch.where(large > 0, above, torch.where((small > 0) & (middle < 2.0**-900), below, plain))

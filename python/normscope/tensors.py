@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -18,11 +18,10 @@ _INNER_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_c
 class TensorList(NamedTuple):
     """Named tensors in the model's order, each once."""
 
-    names: list[str]
+    names: Sequence[str]
     tensors: list[Tensor]
 
 
-@lru_cache(maxsize=65536)
 def clean_name(name: str) -> str:
     """A parameter's name without the prefixes that wrappers (DDP, FSDP, compile, checkpointing) put into it.
 
@@ -36,27 +35,29 @@ def clean_name(name: str) -> str:
     return name
 
 
-def _named_once(pairs: Iterable[tuple[str, Tensor | None]]) -> TensorList:
-    names: list[str] = []
-    tensors: list[Tensor] = []
-    taken: set[str] = set()
-    seen: set[int] = set()
-    for raw, tensor in pairs:
-        if tensor is None or id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        name = clean_name(raw)
-        if name in taken:
-            name = raw
-        taken.add(name)
-        names.append(name)
-        tensors.append(tensor)
-    return TensorList(names, tensors)
+@lru_cache(maxsize=64)
+def _clean_names(raw: tuple[str, ...]) -> tuple[str, ...]:
+    names: dict[str, None] = {}
+    for name in raw:
+        clean = clean_name(name)
+        names[name if clean in names else clean] = None
+    return tuple(names)
+
+
+def _each_once(raw: Iterable[str], tensors: Iterable[Tensor | None]) -> TensorList:
+    names, held = tuple(raw), list(tensors)
+    first = dict(zip(map(id, reversed(held)), reversed(range(len(held))), strict=True))
+    first.pop(id(None), None)
+    if len(first) < len(held):
+        positions = sorted(first.values())
+        names, held = tuple(names[i] for i in positions), [held[i] for i in positions]
+    return TensorList(_clean_names(names), cast(list[Tensor], held))
 
 
 def parameters(model: nn.Module) -> TensorList:
     """Parameters of the model; tied ones once, under the first name ``named_parameters()`` gives."""
-    return _named_once(model.named_parameters())
+    named = list(model.named_parameters())
+    return _each_once([name for name, _ in named], [parameter for _, parameter in named])
 
 
 def gradients(source: nn.Module | Mapping[str, Tensor | None]) -> TensorList:
@@ -69,9 +70,10 @@ def gradients(source: nn.Module | Mapping[str, Tensor | None]) -> TensorList:
         TypeError: ``source`` is neither a module nor a mapping.
     """
     if isinstance(source, nn.Module):
-        found = _named_once((name, parameter.grad) for name, parameter in source.named_parameters())
+        named = list(source.named_parameters())
+        found = _each_once([name for name, _ in named], [parameter.grad for _, parameter in named])
     elif isinstance(source, Mapping):
-        found = _named_once(source.items())
+        found = _each_once(source.keys(), source.values())
     else:
         raise TypeError(f"expected a torch.nn.Module or a mapping name -> gradient, got {type(source).__name__}")
     if not found.tensors:

@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-from normscope.metrics.values import Values, concatenate
-from normscope.stats import COLUMN_INDEX, Stats, merge, root
+import torch
 
-_SUM_ABS, _MAX_ABS, _NONFINITE = (COLUMN_INDEX[name] for name in ("sum_abs", "max_abs", "nonfinite"))
+from normscope.metrics.values import Values
+from normscope.stats import COLUMN_INDEX, Stats
+
+_SUM_ABS, _MAX_ABS, _NONFINITE, _COUNT = (COLUMN_INDEX[name] for name in ("sum_abs", "max_abs", "nonfinite", "count"))
 
 
 @lru_cache(maxsize=64)
@@ -29,12 +31,14 @@ def norms(stats: Stats, names: Sequence[str]) -> Values:
     ``norm_{layer}``     L2 norm of the gradient of that parameter
     ===================  ====================================================================
     """
-    whole = merge(stats.sums)
-    elements = sum(stats.counts)
+    roots = stats.roots("sum_squares")
+    whole = stats.sums[-1]
+    count = whole[_COUNT : _COUNT + 1]
+    some = torch.where(count > 0, 1.0, math.nan)  # of nothing, the largest and the mean are undefined
     summaries = [
-        root(whole, "sum_squares"),
-        whole[_MAX_ABS] if elements else whole[_MAX_ABS] * math.nan,
-        whole[_SUM_ABS] / elements if elements else whole[_SUM_ABS] * math.nan,
-        whole[_NONFINITE],
+        roots[-1:],
+        whole[_MAX_ABS : _MAX_ABS + 1] * some,
+        whole[_SUM_ABS : _SUM_ABS + 1] / count,
+        whole[_NONFINITE : _NONFINITE + 1],
     ]
-    return Values(_keys(tuple(names)), concatenate([*summaries, stats.roots("sum_squares")]))
+    return Values(_keys(tuple(names)), torch.cat([*summaries, roots[:-1]]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -18,8 +17,3 @@ class Values(NamedTuple):
     def to_dict(self) -> dict[str, float]:
         """The values on the host; this waits for the device."""
         return dict(zip(self.keys, self.values.tolist(), strict=True))
-
-
-def concatenate(parts: Sequence[Tensor]) -> Tensor:
-    """0-d and 1-d float64 tensors as one vector."""
-    return torch.cat([part.reshape(-1) for part in parts])

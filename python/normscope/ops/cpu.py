@@ -10,7 +10,10 @@ from torch import Tensor
 from normscope import _core
 from normscope.errors import UnsupportedTensorError
 from normscope.ops.contract import DTYPES, OrderStatistics, check_readable, check_weights, rows_of, sparse_rows
-from normscope.stats import COLUMN_INDEX, COLUMNS, Energies, Stats
+from normscope.stats import COLUMN_INDEX, COLUMNS, Energies, Stats, merge
+
+if [column.name for column in COLUMNS] != _core.COLUMNS:
+    raise ImportError("the compiled core is of another version than the Python files; install normscope again")
 
 # PyTorch 2.10 and later describe a tensor to compiled code directly; before, its attributes are read from Python.
 _reads_tensors = _core.use_exchange_api(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
@@ -36,30 +39,24 @@ def _list_of(tensors: Sequence[Tensor | None]) -> list[Tensor | _Described | Non
     return [None if tensor is None else _described(tensor) for tensor in tensors]
 
 
-def _check(index: int, tensor: Tensor) -> None:
-    check_readable(index, tensor)
-    if not tensor.is_cpu:
-        raise UnsupportedTensorError(index, f"the cpu backend does not read tensors on {tensor.device}")
-
-
 def _run(
     gradients: Sequence[Tensor], weights: Sequence[Tensor | None] | None, tables: Collection[int], sums: Tensor | None
-) -> dict[int, Energies]:
+) -> tuple[bool, dict[int, Energies]]:
+    """Fill ``sums`` (``[gradients + 1, columns]``); return whether all squares stayed in range, and the energies."""
     values = {index: torch.empty(rows_of(gradients[index]), dtype=torch.float64) for index in tables}
-    exponents = _core.fused_pass(
+    out_of_range, exponents = _core.fused_pass(
         _list_of(gradients),
         None if weights is None else _list_of(weights),
         [(index, energies.data_ptr()) for index, energies in values.items()],
         0 if sums is None else sums.data_ptr(),
         torch.get_num_threads(),
     )
-    return {
-        index: Energies(energies, exponent)
-        for (index, energies), exponent in zip(values.items(), exponents, strict=True)
-    }
+    pairs = zip(values.items(), exponents, strict=True)
+    return not out_of_range, {index: Energies(energies, exponent) for (index, energies), exponent in pairs}
 
 
 def _run_sparse(gradient: Tensor, weight: Tensor | None, sums: Tensor) -> Energies:
+    """Fill ``sums`` (``[2, columns]``) for one sparse gradient; return its energies."""
     rows = sparse_rows(gradient)
     every_row = torch.arange(len(rows.positions) + 1)
     energies = torch.zeros(len(rows.positions), dtype=torch.float64)
@@ -78,9 +75,10 @@ def _run_sparse(gradient: Tensor, weight: Tensor | None, sums: Tensor) -> Energi
         sums.data_ptr(),
         torch.get_num_threads(),
     )
+    sums[:, COLUMN_INDEX["count"]] = gradient.numel()
     if weight is not None:  # the pass beside the gradient saw only the weight's rows that the gradient has
         first = COLUMN_INDEX["weight_squares"]
-        sums[first : first + 3] = fused_pass([weight]).sums[0, :3]
+        sums[:, first : first + 3] = fused_pass([weight]).sums[:, :3]
     whole = torch.zeros(rows_of(gradient), dtype=torch.float64)
     return Energies(whole.index_add_(0, rows.tokens, energies), exponent)
 
@@ -92,43 +90,46 @@ def fused_pass(
     """See :func:`normscope.ops.fused_pass`."""
     if weights is not None:
         check_weights(gradients, weights)
-    sums = torch.empty((len(gradients), len(COLUMNS)), dtype=torch.float64)
-    counts = [gradient.numel() for gradient in gradients]
+    sums = torch.empty((len(gradients) + 1, len(COLUMNS)), dtype=torch.float64)
     try:
-        return Stats(sums, counts, _run(gradients, weights, tables, sums))
+        in_range, energies = _run(gradients, weights, tables, sums)
     except _core.Unsupported:
-        return Stats(sums, counts, _run_mixed(gradients, weights, tables, sums))
+        return _run_one_by_one(gradients, weights, tables)
+    return Stats(sums, in_range, energies)
 
 
-def _run_mixed(
-    gradients: Sequence[Tensor], weights: Sequence[Tensor | None] | None, tables: Collection[int], sums: Tensor
-) -> dict[int, Energies]:
-    """The pass over a list that holds sparse tensors, or one that names the tensor that cannot be read."""
+def _run_one_by_one(
+    gradients: Sequence[Tensor], weights: Sequence[Tensor | None] | None, tables: Collection[int]
+) -> Stats:
+    """The pass over a list that holds sparse tensors, or one that finds the tensor that cannot be read."""
+    parts = torch.empty((len(gradients), len(COLUMNS)), dtype=torch.float64)
     energies: dict[int, Energies] = {}
     for index, gradient in enumerate(gradients):
         weight = None if weights is None else weights[index]
         for tensor in (gradient, weight):
             if tensor is not None:
-                _check(index, tensor)
+                check_readable(index, tensor)
+                if not tensor.is_cpu:
+                    raise UnsupportedTensorError(index, f"the cpu backend does not read tensors on {tensor.device}")
+        sums = torch.empty((2, len(COLUMNS)), dtype=torch.float64)
         if gradient.layout is torch.sparse_coo:
-            found = _run_sparse(gradient, weight, sums[index])
-            if index in tables:
-                energies[index] = found
+            found = {0: _run_sparse(gradient, weight, sums)}
         else:
             try:
-                found_rows = _run([gradient], [weight], (0,) if index in tables else (), sums[index])
+                _, found = _run([gradient], [weight], (0,) if index in tables else (), sums)
             except _core.Unsupported:
                 raise UnsupportedTensorError(index, f"{type(gradient).__name__} is not plain CPU memory") from None
-            if index in tables:
-                energies[index] = found_rows[0]
-    return energies
+        parts[index] = sums[0]
+        if index in tables:
+            energies[index] = found[0]
+    return Stats(torch.cat([parts, merge(parts)[None]]), in_range=False, energies=energies)
 
 
 @torch.no_grad()
 def row_energies(gradient: Tensor) -> Energies:
     """See :func:`normscope.ops.row_energies`."""
     try:
-        return _run([gradient], None, (0,), None)[0]
+        return _run([gradient], None, (0,), None)[1][0]
     except _core.Unsupported:
         return fused_pass([gradient], None, (0,)).energies[0]
 

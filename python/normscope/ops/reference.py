@@ -17,7 +17,7 @@ from normscope.ops.contract import (
     rows_of,
     sparse_rows,
 )
-from normscope.stats import COLUMN_INDEX, COLUMNS, RANGE_SHIFT, Energies, Stats
+from normscope.stats import COLUMN_INDEX, COLUMNS, RANGE_SHIFT, Energies, Stats, merge
 
 
 def describe() -> str:
@@ -74,6 +74,7 @@ def _sums(gradient: Tensor, weight: Tensor | None) -> Tensor:
     row[COLUMN_INDEX["sum_abs"]] = g.abs().sum()
     row[COLUMN_INDEX["max_abs"]] = _largest(g)
     row[COLUMN_INDEX["nonfinite"]] = (~g.isfinite()).sum()
+    row[COLUMN_INDEX["count"]] = gradient.numel()
     if weight is not None:
         w = _float64(weight)
         weight_exponent = _exponent(_largest(w))
@@ -108,8 +109,9 @@ def fused_pass(
         check_readable(index, gradient)
     rows = [_sums(g, w) for g, w in zip(gradients, weights or [None] * len(gradients), strict=True)]
     device = rows[0].device if rows else None
-    sums = torch.stack([row.to(device) for row in rows]) if rows else torch.zeros(0, len(COLUMNS), dtype=torch.float64)
-    return Stats(sums, [g.numel() for g in gradients], {i: row_energies(gradients[i]) for i in tables})
+    parts = torch.stack([row.to(device) for row in rows]) if rows else torch.zeros(0, len(COLUMNS), dtype=torch.float64)
+    sums = torch.cat([parts, merge(parts)[None]])
+    return Stats(sums, in_range=False, energies={index: row_energies(gradients[index]) for index in tables})
 
 
 def _least_count(descending: list[float], fraction: float) -> float:

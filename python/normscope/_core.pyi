@@ -1,0 +1,38 @@
+from collections.abc import Sequence
+
+COLUMNS: list[str]
+RANGE_SHIFT: int
+TIE_SLACK: float
+
+class Unsupported(TypeError): ...
+
+class SparseGradient:
+    def __init__(
+        self, order: int, offsets: int, positions: int, every_row: int, rows: int, row_length: int
+    ) -> None: ...
+
+def use_exchange_api(capsule: object) -> bool: ...
+def fused_pass(
+    gradients: Sequence[object],
+    weights: Sequence[object] | None,
+    energies: Sequence[tuple[int, int]],
+    sums: int,
+    threads: int,
+) -> tuple[bool, list[int]]: ...
+def sparse_pass(
+    stored: object, weight: object, sparse: SparseGradient, energies: int, sums: int, threads: int
+) -> int: ...
+def order_statistics(
+    energies: int,
+    count: int,
+    exponent: int,
+    threshold: float,
+    threshold_of_mean: bool,
+    energy_power: int,
+    fractions: list[float],
+    stride: int,
+) -> list[float]: ...
+def instruction_sets() -> list[str]: ...
+def instruction_set() -> str: ...
+def use_instruction_set(name: str) -> bool: ...
+def thread_source() -> str: ...

@@ -1,0 +1,36 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from normscope import _core
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def any_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on each backend."""
+    import normscope as ns
+
+    with ns.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=_core.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on each instruction set this processor has."""
+    before = _core.instruction_set()
+    assert _core.use_instruction_set(request.param)
+    yield request.param
+    _core.use_instruction_set(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores the number of threads afterwards."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
