@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -21,21 +23,18 @@ class GradientMean:
         self._steps: dict[str, int] = {}
 
     @torch.no_grad()
-    def add(self) -> None:
-        """Add the gradients that are on the model now; a step without any adds nothing."""
+    def add(self, leave_out: Collection[int] = ()) -> None:
+        """Add the gradients that are on the model now; a step without any adds nothing.
+
+        Args:
+            leave_out: ids of parameters whose gradients belong to another step.
+        """
         for name, parameter in zip(*tensors.parameters(self._model), strict=True):
             gradient = parameter.grad
-            if gradient is None:
+            if gradient is None or id(parameter) in leave_out:
                 continue
-            if name not in self._sums:
-                self._sums[name] = gradient.to(torch.float64, copy=True)
-                self._steps[name] = 1
-                continue
-            if gradient.layout is torch.sparse_coo:
-                self._sums[name] = (self._sums[name] + gradient.to(torch.float64)).coalesce()
-            else:
-                self._sums[name].add_(gradient)
-            self._steps[name] += 1
+            self._sums[name] = _sum(self._sums.get(name), gradient)
+            self._steps[name] = self._steps.get(name, 0) + 1
 
     @torch.no_grad()
     def means(self) -> TensorList:
@@ -46,3 +45,16 @@ class GradientMean:
     def reset(self) -> None:
         """Start again from nothing."""
         self._sums, self._steps = {}, {}
+
+
+def _sum(total: Tensor | None, gradient: Tensor) -> Tensor:
+    """``total + gradient`` in float64, in place where both are dense; sparse only while both are."""
+    if total is None:
+        return gradient.to(torch.float64, copy=True)
+    if total.layout is torch.strided and gradient.layout is torch.strided:
+        return total.add_(gradient)
+    if total.layout is torch.strided:
+        return total.add_(gradient.to(torch.float64))
+    if gradient.layout is torch.strided:
+        return gradient.to(torch.float64) + total
+    return (total + gradient.to(torch.float64)).coalesce()

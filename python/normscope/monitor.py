@@ -18,6 +18,7 @@ from normscope.pending import Parts, make_record
 from normscope.record import LifecyclePoint, Record
 from normscope.shared_pass import naming_errors, read_shared
 from normscope.tensors import TensorList
+from normscope.unchanged import difference, state_of
 
 
 @runtime_checkable
@@ -87,6 +88,7 @@ class Monitor:
             raise ValueError("accumulate='epoch' needs loop='epoch': a loop without epochs has no mean over one")
         wants_mean = any(observer.reads.gradients == "epoch_mean" for observer in observers)
         self._mean = GradientMean(model) if wants_mean else None
+        self._optimizers: list[torch.optim.Optimizer] = []
         self._hooks: list[Any] = []
         self._steps = 0
         if optimizer is not None:
@@ -96,18 +98,29 @@ class Monitor:
         """Follow the optimizer's steps through its step hooks.
 
         PRE_STEP and POST_STEP then fire at every step by themselves, counted from 0, and ``accumulate="epoch"`` has
-        gradients to average. With several optimizers the first one's steps count.
+        gradients to average. With several optimizers the points fire at the steps of the first, and each adds the
+        gradients of all parameters but those of the others.
         """
         first = not self._hooks
+        self._optimizers.append(optimizer)
 
-        def before(*_: object) -> None:
+        def add_gradients() -> None:
             if self._mean is not None:
-                self._mean.add()
-            self.pre_step(self._steps)
+                others = [_parameter_ids(other) for other in self._optimizers if other is not optimizer]
+                self._mean.add(leave_out=set().union(*others) - _parameter_ids(optimizer) if others else ())
 
-        def after(*_: object) -> None:
-            self.post_step(self._steps)
-            self._steps += first
+        def before(_: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            if not _has_closure(args, kwargs):
+                add_gradients()
+            if first:
+                self.pre_step(self._steps)
+
+        def after(_: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            if _has_closure(args, kwargs):
+                add_gradients()
+            if first:
+                self._steps += 1
+                self.post_step(self._steps - 1)
 
         self._hooks += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
@@ -186,11 +199,13 @@ class Monitor:
         views = [self._view(point, step, parameters) for _ in observers]
         read_shared(observers, views, parameters, self._gradients, parts)
         for observer, view in zip(observers, views, strict=True):
-            before = None if type(observer).__module__ == observers_module else _versions(parameters)
+            trusted = type(observer).__module__ == observers_module
+            before = None if trusted else state_of(self.model, parameters)
             with naming_errors("observer", observer.name, point, step):
                 parts.add(f"{observer.name}/", observer.observe(view))
-                if before is not None and _versions(parameters) != before:
-                    raise RuntimeError("it changed a parameter or gradient; what changes a model is an Intervention")
+                changed = before and difference(before, state_of(self.model, parameters))
+                if changed:
+                    raise RuntimeError(f"it changed the {changed}; what changes a model is an Intervention")
 
     def _gradients(self, source: GradientSource) -> TensorList:
         if source == "current":
@@ -214,7 +229,7 @@ class Monitor:
         """
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        self._hooks, self._optimizers = [], []
         self._each_sink("close", lambda sink: getattr(sink, "close", lambda: None)(), "")
 
     def _each_sink(self, verb: str, act: Callable[[AnySink], object], when: str) -> None:
@@ -238,9 +253,13 @@ class Monitor:
         self.close()
 
 
-def _versions(parameters: TensorList) -> list[tuple[int, int, int]]:
-    """What changes when a parameter or its gradient is written to or replaced; reads no data."""
-    return [(p._version, id(p.grad), -1 if p.grad is None else p.grad._version) for p in parameters.tensors]
+def _parameter_ids(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _has_closure(args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
+    """Whether the step computes its gradients itself, so that they are on the model only after it."""
+    return any(callable(argument) for argument in (*args[1:], *kwargs.values()))
 
 
 def _write_to(sink: AnySink, record: Record) -> None:

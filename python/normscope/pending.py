@@ -28,9 +28,11 @@ class Parts:
 
         Raises:
             TypeError: a value is neither a number nor a tensor of one element.
-            ValueError: a key is there already.
+            ValueError: a key is there already, or there are not as many keys as values.
         """
         if isinstance(found, Values):
+            if found.values.shape != (len(found.keys),):
+                raise ValueError(f"{len(found.keys)} keys for values of shape {tuple(found.values.shape)}")
             keys = [prefix + key for key in found.keys]
             values: list[float | Tensor] = [found.values]
         else:
@@ -47,6 +49,8 @@ def _scalar(key: str, value: object) -> float | Tensor:
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.detach().reshape(1)
     try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise TypeError(f"the value for {key!r} is a {type(value).__name__}, not a number or a 0-d tensor") from None
@@ -56,7 +60,7 @@ def _to_host(vector: Tensor) -> Callable[[], list[float]]:
     """Start copying a float64 vector to the host; the returned function waits for it."""
     if vector.device.type != "cuda":
         return vector.tolist
-    host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+    host = torch.empty(vector.shape, dtype=vector.dtype, device="cpu", pin_memory=True)
     host.copy_(vector, non_blocking=True)
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record(torch.cuda.current_stream(vector.device))

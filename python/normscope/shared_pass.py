@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from normscope import ops
@@ -42,8 +43,10 @@ def read_shared(
     """Give each observer's view what the observer reads.
 
     Gradients of one source are read once for all observers of that source, with the weights beside them where one of
-    those observers reads weights too. Per-parameter counts of non-finite components go to ``parts``.
+    those observers reads weights too, or where any does and they have not been read. Per-parameter counts of non-finite
+    components go to ``parts``.
     """
+    reads_weights = any(observer.reads.weights for observer in observers)
     weight_norms: dict[str, Tensor] = {}
     for source in ("current", "epoch_mean"):
         readers = [pair for pair in zip(observers, views, strict=True) if pair[0].reads.gradients == source]
@@ -54,17 +57,17 @@ def read_shared(
             gradients = gradients_of(source)
         tables = _tables(readers, gradients)
         beside: list[Tensor | None] | None = None
-        if any(observer.reads.weights for observer, _ in readers):
+        if any(observer.reads.weights for observer, _ in readers) or (reads_weights and not weight_norms):
             by_name = dict(zip(*parameters, strict=True))
             beside = [by_name[name] for name in gradients.names]
         stats = _named_pass(gradients, beside, tables)
         if beside is not None:
             weight_norms.update(zip(gradients.names, stats.roots("weight_squares")[:-1], strict=True))
-        if parts.nonfinite is None:
-            parts.nonfinite = Values(gradients.names, stats.column("nonfinite")[:-1])
+        nonfinite = Values(gradients.names, stats.column("nonfinite")[:-1])
+        parts.nonfinite = nonfinite if parts.nonfinite is None else _most(parts.nonfinite, nonfinite, parameters.names)
         for _, view in readers:
             view.gradients = GradientView(gradients.names, stats)
-    if any(observer.reads.weights for observer in observers):
+    if reads_weights:
         complete = _complete(weight_norms, parameters)
         for observer, view in zip(observers, views, strict=True):
             if observer.reads.weights:
@@ -90,6 +93,17 @@ def _named_pass(tensors: TensorList, weights: Sequence[Tensor | None] | None, ta
 def _complete(known: Mapping[str, Tensor], parameters: TensorList) -> dict[str, Tensor]:
     """Norms of all parameters: the known ones, and one pass over the others."""
     rest = [(n, t) for n, t in zip(*parameters, strict=True) if n not in known]
-    others = TensorList([n for n, _ in rest], [t for _, t in rest])
-    norms = {**known, **dict(zip(others.names, _named_pass(others, None, ()).roots("sum_squares")[:-1], strict=True))}
+    norms = dict(known)
+    if rest:
+        others = TensorList([n for n, _ in rest], [t for _, t in rest])
+        norms.update(zip(others.names, _named_pass(others, None, ()).roots("sum_squares")[:-1], strict=True))
     return {name: norms[name] for name in parameters.names}
+
+
+def _most(first: Values, second: Values, order: Sequence[str]) -> Values:
+    """The larger of two counts of each parameter, in the model's order."""
+    counts: dict[str, Tensor] = dict(zip(first.keys, first.values, strict=True))
+    for name, count in zip(second.keys, second.values, strict=True):
+        counts[name] = torch.maximum(counts[name], count) if name in counts else count
+    names = [name for name in order if name in counts]
+    return Values(names, torch.stack([counts[name] for name in names]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -37,21 +38,21 @@ def clean_name(name: str) -> str:
 
 @lru_cache(maxsize=64)
 def _clean_names(raw: tuple[str, ...]) -> tuple[str, ...]:
-    names: dict[str, None] = {}
-    for name in raw:
-        clean = clean_name(name)
-        names[name if clean in names else clean] = None
-    return tuple(names)
+    """The names without prefixes; those that would then be equal keep theirs."""
+    clean = [clean_name(name) for name in raw]
+    uses = Counter(clean)
+    return tuple(short if uses[short] == 1 else name for name, short in zip(raw, clean, strict=True))
 
 
 def _each_once(raw: Iterable[str], tensors: Iterable[Tensor | None]) -> TensorList:
-    names, held = tuple(raw), list(tensors)
+    # All names are cleaned together: a parameter is called the same whether or not others have a gradient.
+    names, held = _clean_names(tuple(raw)), list(tensors)
     first = dict(zip(map(id, reversed(held)), reversed(range(len(held))), strict=True))
     first.pop(id(None), None)
     if len(first) < len(held):
         positions = sorted(first.values())
         names, held = tuple(names[i] for i in positions), [held[i] for i in positions]
-    return TensorList(_clean_names(names), cast(list[Tensor], held))
+    return TensorList(names, cast(list[Tensor], held))
 
 
 def parameters(model: nn.Module) -> TensorList:

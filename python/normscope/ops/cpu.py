@@ -43,7 +43,7 @@ def _run(
     gradients: Sequence[Tensor], weights: Sequence[Tensor | None] | None, tables: Collection[int], sums: Tensor | None
 ) -> tuple[bool, dict[int, Energies]]:
     """Fill ``sums`` (``[gradients + 1, columns]``); return whether all squares stayed in range, and the energies."""
-    values = {index: torch.empty(rows_of(gradients[index]), dtype=torch.float64) for index in tables}
+    values = {index: torch.empty(rows_of(gradients[index]), dtype=torch.float64, device="cpu") for index in tables}
     out_of_range, exponents = _core.fused_pass(
         _list_of(gradients),
         None if weights is None else _list_of(weights),
@@ -58,8 +58,8 @@ def _run(
 def _run_sparse(gradient: Tensor, weight: Tensor | None, sums: Tensor) -> Energies:
     """Fill ``sums`` (``[2, columns]``) for one sparse gradient; return its energies."""
     rows = sparse_rows(gradient)
-    every_row = torch.arange(len(rows.positions) + 1)
-    energies = torch.zeros(len(rows.positions), dtype=torch.float64)
+    every_row = torch.arange(len(rows.positions) + 1, device="cpu")
+    energies = torch.zeros(len(rows.positions), dtype=torch.float64, device="cpu")
     exponent = _core.sparse_pass(
         _described(rows.values),
         None if weight is None else _described(weight.contiguous()),
@@ -79,7 +79,7 @@ def _run_sparse(gradient: Tensor, weight: Tensor | None, sums: Tensor) -> Energi
     if weight is not None:  # the pass beside the gradient saw only the weight's rows that the gradient has
         first = COLUMN_INDEX["weight_squares"]
         sums[:, first : first + 3] = fused_pass([weight]).sums[:, :3]
-    whole = torch.zeros(rows_of(gradient), dtype=torch.float64)
+    whole = torch.zeros(rows_of(gradient), dtype=torch.float64, device="cpu")
     return Energies(whole.index_add_(0, rows.tokens, energies), exponent)
 
 
@@ -90,7 +90,10 @@ def fused_pass(
     """See :func:`normscope.ops.fused_pass`."""
     if weights is not None:
         check_weights(gradients, weights)
-    sums = torch.empty((len(gradients) + 1, len(COLUMNS)), dtype=torch.float64)
+        # Memory read from outside PyTorch lacks the sign of such a view, and only products with a weight show it.
+        gradients = [tensor.resolve_neg() for tensor in gradients]
+        weights = [None if tensor is None else tensor.resolve_neg() for tensor in weights]
+    sums = torch.empty((len(gradients) + 1, len(COLUMNS)), dtype=torch.float64, device="cpu")
     try:
         in_range, energies = _run(gradients, weights, tables, sums)
     except _core.Unsupported:
@@ -102,7 +105,7 @@ def _run_one_by_one(
     gradients: Sequence[Tensor], weights: Sequence[Tensor | None] | None, tables: Collection[int]
 ) -> Stats:
     """The pass over a list that holds sparse tensors, or one that finds the tensor that cannot be read."""
-    parts = torch.empty((len(gradients), len(COLUMNS)), dtype=torch.float64)
+    parts = torch.empty((len(gradients), len(COLUMNS)), dtype=torch.float64, device="cpu")
     energies: dict[int, Energies] = {}
     for index, gradient in enumerate(gradients):
         weight = None if weights is None else weights[index]
@@ -111,7 +114,7 @@ def _run_one_by_one(
                 check_readable(index, tensor)
                 if not tensor.is_cpu:
                     raise UnsupportedTensorError(index, f"the cpu backend does not read tensors on {tensor.device}")
-        sums = torch.empty((2, len(COLUMNS)), dtype=torch.float64)
+        sums = torch.empty((2, len(COLUMNS)), dtype=torch.float64, device="cpu")
         if gradient.layout is torch.sparse_coo:
             found = {0: _run_sparse(gradient, weight, sums)}
         else:
@@ -154,4 +157,4 @@ def order_statistics(
         list(fractions),
         stride or 0,
     )
-    return OrderStatistics(torch.tensor(values, dtype=torch.float64))
+    return OrderStatistics(torch.tensor(values, dtype=torch.float64, device="cpu"))

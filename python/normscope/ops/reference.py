@@ -109,7 +109,8 @@ def fused_pass(
         check_readable(index, gradient)
     rows = [_sums(g, w) for g, w in zip(gradients, weights or [None] * len(gradients), strict=True)]
     device = rows[0].device if rows else None
-    parts = torch.stack([row.to(device) for row in rows]) if rows else torch.zeros(0, len(COLUMNS), dtype=torch.float64)
+    none = torch.zeros(0, len(COLUMNS), dtype=torch.float64, device="cpu")
+    parts = torch.stack([row.to(device) for row in rows]) if rows else none
     sums = torch.cat([parts, merge(parts)[None]])
     return Stats(sums, in_range=False, energies={index: row_energies(gradients[index]) for index in tables})
 
