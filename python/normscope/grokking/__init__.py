@@ -1,0 +1,36 @@
+"""Grokking under observation: modular addition, two models, and a training that records, checkpoints and resumes."""
+
+from __future__ import annotations
+
+from normscope.grokking.config import ConfigurationError, GrokConfig
+from normscope.grokking.models import MLP, Transformer, build_model, build_optimizer
+from normscope.grokking.observers import WeightNorm
+from normscope.grokking.plot import plot_run
+from normscope.grokking.run_folder import RunFolder, RunFolderError
+from normscope.grokking.task import Examples, ModularAddition, Split
+from normscope.grokking.trainer import Trainer
+from normscope.grokking.training import Progress, Run, Stop, train
+from normscope.grokking.transitions import Transitions, find_transitions
+
+__all__ = [
+    "MLP",
+    "ConfigurationError",
+    "Examples",
+    "GrokConfig",
+    "ModularAddition",
+    "Progress",
+    "Run",
+    "RunFolder",
+    "RunFolderError",
+    "Split",
+    "Stop",
+    "Trainer",
+    "Transformer",
+    "Transitions",
+    "WeightNorm",
+    "build_model",
+    "build_optimizer",
+    "find_transitions",
+    "plot_run",
+    "train",
+]

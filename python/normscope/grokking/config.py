@@ -1,0 +1,170 @@
+"""Everything that decides a grokking run: one frozen dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from normscope.errors import NormscopeError
+from normscope.observer import LoopKind
+
+ORDERINGS = ("random", "stride")
+OBSERVERS = ("norms", "token_gradient")
+
+_BY_MODEL: dict[str, dict[str, Any]] = {
+    "mlp": {"weight_decay": 1.0, "batch_size": 0, "max_steps": 50_000},
+    "transformer": {"weight_decay": 0.1, "batch_size": 256, "max_steps": 1_000_000},
+}
+MODELS = tuple(_BY_MODEL)
+_LARGEST_P = math.isqrt(2**63 - 1)  # pairs are numbered with int64
+_MLP_THREADS = 4  # its matrices are too small to feed more
+_LEFT_OUT: Any = None  # filled in by ``__post_init__``, so that the fields have their real types
+
+
+class ConfigurationError(NormscopeError, ValueError):
+    """A setting of a grokking run is impossible; the message names it and what is allowed."""
+
+
+@dataclass(frozen=True)
+class GrokConfig:
+    """One run on (a + b) mod p. Equal configurations give equal bits on one machine.
+
+    Args:
+        model: ``"mlp"`` (Truong et al. 2026, arXiv 2606.13753) or ``"transformer"``.
+        p: the modulus, at least 2; also the number of tokens.
+        seed: seed of the split, the initial weights and the order of the mini-batches.
+        train_fraction: share of the p^2 pairs that is trained on, in (0, 1); at most 300,000 pairs are drawn.
+        lr: learning rate of AdamW (betas 0.9 and 0.999).
+        weight_decay: weight decay of AdamW. By default 1 for the mlp, on matrices only, and 0.1 for the transformer, on
+            every parameter.
+        batch_size: most pairs in a mini-batch (an epoch is cut in equal parts); 0 for all of them at once. By default 0
+            for the mlp, 256 for the transformer.
+        ordering: ``"random"`` (a new permutation every epoch) or ``"stride"`` (see ``ModularAddition.epoch_order``).
+        stride: the stride of that ordering and of the stride metrics of ``token_gradient``; floor(sqrt(p)) by default.
+        max_steps: optimizer steps after which the run ends in any case; 50,000 and 1,000,000 by default.
+        observe: names of ``OBSERVERS``; the weight norm is always observed.
+        threads: torch's threads while training: rounding depends on them. By default what torch uses, at most 4 for the
+            mlp.
+
+    Raises:
+        ConfigurationError: a value is out of its range.
+
+    Example:
+        >>> config = GrokConfig(model="transformer", p=9973)
+        >>> config.stride, config.batch_size, config.weight_decay
+        (99, 256, 0.1)
+    """
+
+    model: str = "mlp"
+    p: int = 59
+    seed: int = 0
+    train_fraction: float = 0.4
+    lr: float = 1e-3
+    weight_decay: float = _LEFT_OUT
+    batch_size: int = _LEFT_OUT
+    ordering: str = "random"
+    stride: int = _LEFT_OUT
+    max_steps: int = field(default=_LEFT_OUT, metadata={"extends": True})
+    observe: tuple[str, ...] = OBSERVERS
+    threads: int = _LEFT_OUT
+
+    def __post_init__(self) -> None:
+        _check(self.model in MODELS, f"unknown model {self.model!r}: choose from {', '.join(MODELS)}")
+        _check(self.p >= 2, f"p must be at least 2, not {self.p}")
+        _check(self.p <= _LARGEST_P, f"p must be at most {_LARGEST_P}, not {self.p}")
+        defaults = {
+            **_BY_MODEL[self.model],
+            "stride": math.isqrt(self.p),
+            "threads": min(torch.get_num_threads(), _MLP_THREADS) if self.model == "mlp" else torch.get_num_threads(),
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        _check_observers(self.observe)
+        object.__setattr__(self, "observe", tuple(name for name in OBSERVERS if name in self.observe))
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        _check(0 <= self.seed < 2**63, f"seed must be in [0, 2^63), not {self.seed}")
+        _check(0 < self.train_fraction < 1, f"train fraction must be between 0 and 1, not {self.train_fraction:g}")
+        _check(0 < self.lr < math.inf, f"lr must be above 0, not {self.lr:g}")
+        _check(0 <= self.weight_decay < math.inf, f"weight decay must be at least 0, not {self.weight_decay:g}")
+        _check(self.batch_size >= 0, f"batch size must be at least 0, not {self.batch_size}")
+        _check(self.ordering in ORDERINGS, f"unknown ordering {self.ordering!r}: choose from {', '.join(ORDERINGS)}")
+        _check(
+            self.ordering == "random" or self.batch_size > 0,
+            f"ordering {self.ordering!r} needs mini-batches: the {self.model} trains on all pairs at once "
+            "(give a batch size)",
+        )
+        _check(self.stride >= 1, f"stride must be at least 1, not {self.stride}")
+        _check(self.max_steps >= 1, f"max steps must be at least 1, not {self.max_steps}")
+        _check(self.threads >= 1, f"threads must be at least 1, not {self.threads}")
+
+    @property
+    def loop(self) -> LoopKind:
+        """``"step"`` for a full-batch run (records on a geometric grid of steps), ``"epoch"`` for mini-batches."""
+        return "epoch" if self.batch_size else "step"
+
+    @property
+    def name(self) -> str:
+        """A folder name that tells runs apart: model, p, whatever is not the default, seed."""
+        plain = GrokConfig(model=self.model, p=self.p)
+        changed = [
+            f"{setting.name.replace('_', '')}{_short(getattr(self, setting.name))}"
+            for setting in fields(self)
+            if setting.name not in ("model", "p", "seed", "max_steps", "threads")
+            and getattr(self, setting.name) != getattr(plain, setting.name)
+        ]
+        return "-".join([self.model, f"p{self.p}", *changed, f"seed{self.seed}"])
+
+    def differences(self, other: GrokConfig) -> dict[str, tuple[Any, Any]]:
+        """Setting -> (mine, the other's) where the trajectory or its records differ; ``max_steps`` only extends them.
+
+        Example:
+            >>> GrokConfig(p=7).differences(GrokConfig(p=11, stride=2, max_steps=9))
+            {'p': (7, 11)}
+        """
+        return {
+            setting.name: (getattr(self, setting.name), getattr(other, setting.name))
+            for setting in fields(self)
+            if not setting.metadata.get("extends") and getattr(self, setting.name) != getattr(other, setting.name)
+        }
+
+
+def parse_observers(names: str) -> tuple[str, ...]:
+    """``"norms,token_gradient"``, ``"all"`` or ``"none"`` as the tuple that ``GrokConfig.observe`` takes.
+
+    Raises:
+        ConfigurationError: a name is unknown.
+    """
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    if chosen == ["none"]:
+        return ()
+    if chosen == ["all"]:
+        return OBSERVERS
+    _check_observers(chosen)
+    return tuple(chosen)
+
+
+def _check_observers(names: Collection[str]) -> None:
+    for name in names:
+        _check(name in OBSERVERS, f"unknown observer {name!r}: choose from {', '.join(OBSERVERS)}, all, none")
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigurationError(message)
+
+
+def _short(value: Any) -> str:
+    return (
+        "+".join(value) or "none"
+        if isinstance(value, tuple)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )

@@ -1,0 +1,108 @@
+"""The two models of the main job; each maps pairs of tokens (int64, n x 2) to logits (n x p)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normscope.grokking.config import GrokConfig
+from normscope.grokking.task import random_stream
+
+
+class MLP(nn.Module):
+    """Embedding, both operands side by side, one hidden layer with GELU, output (Truong et al. 2026, arXiv 2606.13753).
+
+    logits = W_out GELU(W_hidden [E_a; E_b] + b_hidden) + b_out
+
+    Every matrix is Gaussian with standard deviation 1/sqrt(number of its columns), the fan-in as PyTorch counts it, the
+    embedding's too (1/sqrt(128)); the biases are zero.
+
+    Args:
+        p: number of tokens.
+        embedding_width: width of the embedding.
+        hidden_width: width of the hidden layer.
+
+    Example:
+        >>> MLP(59)(torch.tensor([[1, 2], [58, 3]])).shape
+        torch.Size([2, 59])
+    """
+
+    def __init__(self, p: int, *, embedding_width: int = 128, hidden_width: int = 256) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(p, embedding_width)
+        self.hidden = nn.Linear(2 * embedding_width, hidden_width)
+        self.output = nn.Linear(hidden_width, p)
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
+            else:
+                nn.init.zeros_(parameter)
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        # W [E_a; E_b] = W_1 E_a + W_2 E_b: multiplying the p tokens and adding up per pair costs p products, not n.
+        first_weight, second_weight = self.hidden.weight.chunk(2, dim=1)
+        first = F.linear(self.embedding.weight, first_weight)
+        second = F.linear(self.embedding.weight, second_weight, self.hidden.bias)
+        before_gelu = first.index_select(0, pairs[:, 0]) + second.index_select(0, pairs[:, 1])
+        logits: Tensor = self.output(F.gelu(before_gelu))
+        return logits
+
+
+class Transformer(nn.Module):
+    """Token embedding and learned position, pre-norm encoder layers, mean over the two positions, linear decoder.
+
+    PyTorch's own initialisation; positions are standard Gaussian. No dropout and no final LayerNorm. At p = 9973 the
+    defaults have 28 parameter tensors and 7.7 million parameters.
+
+    Args:
+        p: number of tokens.
+        width: width of the embedding and the layers.
+        heads: attention heads of a layer.
+        layers: number of encoder layers.
+        feedforward_width: width of a layer's ReLU feed-forward part.
+
+    Example:
+        >>> len(list(Transformer(11).parameters()))
+        28
+    """
+
+    def __init__(
+        self, p: int, *, width: int = 256, heads: int = 4, layers: int = 2, feedforward_width: int = 2048
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(p, width)
+        self.position = nn.Parameter(torch.randn(2, width))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, heads, feedforward_width, dropout=0.0, norm_first=True, batch_first=True)
+            for _ in range(layers)
+        )
+        self.decoder = nn.Linear(width, p)
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        activations: Tensor = self.embedding(pairs) + self.position
+        for layer in self.layers:
+            activations = layer(activations)
+        logits: Tensor = self.decoder(activations.mean(dim=1))
+        return logits
+
+
+def build_model(config: GrokConfig) -> nn.Module:
+    """The model that ``config`` names, with initial weights that depend on its seed alone."""
+    with torch.random.fork_rng(devices=[]):  # PyTorch's modules draw from the global generator
+        torch.set_rng_state(random_stream(config.seed, "initial weights").get_state())
+        return MLP(config.p) if config.model == "mlp" else Transformer(config.p)
+
+
+def build_optimizer(model: nn.Module, config: GrokConfig) -> torch.optim.AdamW:
+    """AdamW; the mlp's weight decay acts on matrices only, the transformer's on every parameter."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    others_decay = 0.0 if config.model == "mlp" else config.weight_decay
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": others_decay},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)

@@ -1,0 +1,152 @@
+"""The picture of a run: accuracies, weight norm, and how the embedding's gradient is spread, over a log axis."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from normscope.errors import require
+from normscope.grokking.config import GrokConfig
+from normscope.grokking.transitions import Transitions, find_transitions
+from normscope.record import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_TRAIN, _TEST, _NORM, _GINI = "#4C78A8", "#E4572E", "#2F4B3C", "#7B4FA3"
+_HALF, _NINE_TENTHS = "#B279A2", "#54356B"
+_INK, _GRID = "#333333", "#E6E6E6"
+
+
+def plot_run(config: GrokConfig, records: Sequence[Record], path: str | os.PathLike[str]) -> None:
+    """Draw a run's records to ``path``; its ending decides the format (png, pdf, svg).
+
+    Panels for observers that the run did not have are left out. Needs the extra ``plot``.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        ValueError: there are no records.
+    """
+    if not records:
+        raise ValueError("there are no records to draw")
+    figure_module = require("matplotlib.figure", "plot")
+    ticker = require("matplotlib.ticker", "plot")
+
+    panels = [_draw_accuracies, _draw_weight_norm]
+    if "token_gradient/gradient_gini" in records[0]:
+        panels += [_draw_gini, _draw_counts]
+    figure = figure_module.Figure(figsize=(8.0, 1.0 + 1.95 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    transitions = find_transitions(records)
+    for draw, axis in zip(panels, axes, strict=True):
+        _prepare(axis)
+        draw(axis, records, transitions)
+        _mark(axis, transitions)
+    axes[0].set_xscale("log")
+    axes[0].set_xlim(1, records[-1].step * 1.05 + 1)
+    _name_marks(axes[0], transitions)
+    fine = records[-1].step < 300
+    axes[-1].xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if fine else (1,)))
+    axes[-1].xaxis.set_minor_locator(ticker.NullLocator())
+    axes[-1].xaxis.set_major_formatter(ticker.FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    axes[-1].set_xlabel("epoch" if config.loop == "epoch" else "optimizer step", color=_INK)
+    figure.suptitle(
+        f"(a + b) mod {config.p}, {config.model}, train fraction {config.train_fraction:g}, seed {config.seed}",
+        color=_INK,
+        fontsize=12,
+        fontweight="bold",
+        x=0.01,
+        ha="left",
+    )
+    figure.savefig(path, dpi=150, format=Path(path).suffix.lstrip(".") or "png")
+
+
+def _prepare(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color("#BBBBBB")
+    axis.tick_params(colors=_INK, which="both", length=0, labelsize=9)
+    axis.grid(True, color=_GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+
+
+def _draw_accuracies(axis: Axes, records: Sequence[Record], transitions: Transitions) -> None:
+    _line(axis, records, "task/train_accuracy", "train", _TRAIN)
+    _line(axis, records, "task/test_accuracy", "test", _TEST)
+    axis.set_ylim(-0.03, 1.03)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    _title(axis, "accuracy")
+    _legend(axis, "upper left")
+
+
+def _draw_weight_norm(axis: Axes, records: Sequence[Record], transitions: Transitions) -> None:
+    _line(axis, records, "weight_norm/total", "norm", _NORM)
+    if transitions.t_grok is not None and transitions.norm_at_grok is not None:
+        axis.plot(transitions.t_grok, transitions.norm_at_grok, "o", color=_NORM, markersize=5)
+        axis.annotate(
+            f"{transitions.norm_at_grok:.1f}",
+            (transitions.t_grok, transitions.norm_at_grok),
+            xytext=(-6, -4),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            color=_NORM,
+            fontsize=10,
+        )
+    _title(axis, "total weight norm")
+
+
+def _draw_gini(axis: Axes, records: Sequence[Record], transitions: Transitions) -> None:
+    _line(axis, records, "token_gradient/gradient_gini", "Gini", _GINI)
+    axis.set_ylim(bottom=0)
+    _title(axis, "Gini of the token gradient norms")
+
+
+def _draw_counts(axis: Axes, records: Sequence[Record], transitions: Transitions) -> None:
+    _line(axis, records, "token_gradient/tokens_for_90pct", "90 %", _NINE_TENTHS)
+    _line(axis, records, "token_gradient/tokens_for_50pct", "50 %", _HALF)
+    axis.set_ylim(bottom=0)
+    _title(axis, "tokens that hold 50 % and 90 % of the embedding's gradient energy")
+    _legend(axis, "best")
+
+
+def _line(axis: Axes, records: Sequence[Record], key: str, label: str, color: str) -> None:
+    steps, values = zip(*((record.step, record[key]) for record in records), strict=True)
+    axis.plot(steps, values, color=color, linewidth=1.8, solid_capstyle="round", label=label)
+
+
+def _legend(axis: Axes, place: Literal["upper left", "best"]) -> None:
+    axis.legend(loc=place, frameon=False, fontsize=10, labelcolor="linecolor", handlelength=1.2, ncols=2)
+
+
+def _title(axis: Axes, text: str) -> None:
+    axis.set_title(text, loc="left", fontsize=10, color=_INK, pad=6)
+
+
+def _mark(axis: Axes, transitions: Transitions) -> None:
+    for step, color in ((transitions.t_mem, _TRAIN), (transitions.t_grok, _TEST)):
+        if step is not None:
+            axis.axvline(step, color=color, linewidth=1, linestyle=(0, (4, 3)), alpha=0.8, zorder=1)
+
+
+def _name_marks(axis: Axes, transitions: Transitions) -> None:
+    """Write T_mem and T_grok over their lines, each on the side where there is room."""
+    last = max(axis.get_xlim()[1], 2.0)
+    where = {"mem": transitions.t_mem, "grok": transitions.t_grok}
+    places = {name: math.log(step) / math.log(last) for name, step in where.items() if step is not None}
+    close = len(places) == 2 and abs(places["mem"] - places["grok"]) < 0.25
+    for name, place in places.items():
+        to_the_left = name == "mem" if close else place > 0.5
+        axis.annotate(
+            f"$T_{{\\mathrm{{{name}}}}}$ = {where[name]:,}",
+            (where[name] or 1, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(2 if to_the_left else -2, 4),
+            textcoords="offset points",
+            ha="right" if to_the_left else "left",
+            va="bottom",
+            color=_TRAIN if name == "mem" else _TEST,
+            fontsize=10,
+        )

@@ -1,0 +1,152 @@
+"""A run's folder: config.json, metrics.jsonl, checkpoint.pt and curves.png, and whether a run may go on from it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+import normscope
+from normscope.errors import NormscopeError
+from normscope.grokking.config import GrokConfig
+
+_FORMAT = 1
+
+
+class RunFolderError(NormscopeError, ValueError):
+    """A run folder cannot be used; the message says why and what to do."""
+
+
+class RunFolder:
+    """The files of one run. Every file is replaced atomically, so a kill at any moment leaves a folder that goes on.
+
+    Args:
+        path: the folder; made when it is used.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoint_file = self.path / "checkpoint.pt"
+        self.curves_file = self.path / "curves.png"
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Make the folder and keep every other process out of it; the system lifts the lock of a killed process.
+
+        Raises:
+            RunFolderError: another process is in it, or it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path, os.O_RDONLY)
+        except FileExistsError as error:
+            raise RunFolderError(f"{self.path} is a file; choose another --out") from error
+        except OSError as error:
+            raise RunFolderError(f"{self.path} cannot be used: {error.strerror}") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError as error:
+            raise RunFolderError(f"another process is training in {self.path}") from error
+        finally:
+            os.close(handle)
+
+    def check(self, config: GrokConfig) -> None:
+        """Check that the folder is empty, or holds the run of ``config`` (``max_steps`` may differ).
+
+        Raises:
+            RunFolderError: something else is in the folder; the message names what differs.
+        """
+        if self.config_file.exists():
+            differences = self.read_config().differences(config)
+            if differences:
+                raise RunFolderError(
+                    f"{self.path} holds another run ({describe_differences(differences)}); choose another --out"
+                )
+            if not self.checkpoint_file.exists() and self.metrics_file.exists():
+                raise RunFolderError(
+                    f"{self.path} holds records but checkpoint.pt is missing; delete the folder or choose another --out"
+                )
+        elif any(self.path.iterdir()):
+            raise RunFolderError(f"{self.path} is not empty and has no config.json; choose another --out")
+
+    def read_config(self) -> GrokConfig:
+        """The configuration in ``config.json``.
+
+        Raises:
+            RunFolderError: it is missing, or is not a configuration.
+        """
+        try:
+            content = json.loads(self.config_file.read_text())
+            known = {setting.name for setting in fields(GrokConfig)}
+            values = {name: value for name, value in content.items() if name in known}
+            return GrokConfig(**{**values, "observe": tuple(values["observe"])})
+        except FileNotFoundError as error:
+            raise RunFolderError(f"{self.path} is not a run folder: it has no config.json") from error
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RunFolderError(f"{self.config_file} is not the configuration of a run: {error}") from error
+
+    def write_config(self, config: GrokConfig) -> None:
+        """Write ``config.json``: the configuration, and the versions that run it."""
+        versions = {
+            "normscope": normscope.__version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        }
+        content = json.dumps({**asdict(config), "versions": versions}, indent=2) + "\n"
+        write_atomically(self.config_file, lambda file: file.write(content.encode()))
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Write ``checkpoint.pt``; an earlier one stays until the new one is on the disk."""
+        write_atomically(self.checkpoint_file, lambda file: torch.save({"format": _FORMAT, **state}, file))
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """What ``save_checkpoint`` was given.
+
+        Raises:
+            RunFolderError: there is no checkpoint, or it cannot be read.
+        """
+        try:
+            state: dict[str, Any] = torch.load(self.checkpoint_file, weights_only=True, map_location="cpu")
+            if state["format"] != _FORMAT:
+                raise ValueError("unknown format")
+            return state
+        except FileNotFoundError as error:
+            raise RunFolderError(f"{self.path} has no checkpoint.pt to resume from") from error
+        except Exception as error:  # a damaged file fails in many ways: zip, pickle, key, type
+            raise RunFolderError(
+                f"{self.checkpoint_file} is damaged or of another version; delete {self.path} to start again"
+            ) from error
+
+
+def describe_differences(differences: Mapping[str, tuple[Any, Any]]) -> str:
+    """``GrokConfig.differences`` (there, asked for) in words."""
+    return ", ".join(
+        f"{name.replace('_', ' ')} {_shown(there)} there, {_shown(asked)} asked for"
+        for name, (there, asked) in differences.items()
+    )
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Replace ``path`` by what ``write(file)`` writes: whoever looks sees the old content or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.new")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _shown(value: object) -> str:
+    return ",".join(value) or "none" if isinstance(value, tuple) else str(value)

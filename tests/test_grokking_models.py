@@ -1,0 +1,83 @@
+"""The two models: what they compute, how they start, which parameters decay."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from normscope.grokking import MLP, GrokConfig, Transformer, build_model, build_optimizer
+
+
+def test_mlp_equals_the_concatenated_form() -> None:
+    model = MLP(13).double()
+    torch.nn.init.normal_(model.hidden.bias)
+    pairs = torch.randint(13, (50, 2))
+
+    side_by_side = model.embedding(pairs).flatten(start_dim=1)
+    expected = model.output(F.gelu(model.hidden(side_by_side)))
+    expected_gradients = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+
+    logits = model(pairs)
+    gradients = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+    torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-11, atol=1e-11)
+
+
+def test_mlp_starts_with_gaussian_matrices_of_fan_in_and_zero_biases() -> None:
+    model = build_model(GrokConfig(p=211))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert shapes == {
+        "embedding.weight": (211, 128),
+        "hidden.weight": (256, 256),
+        "hidden.bias": (256,),
+        "output.weight": (211, 256),
+        "output.bias": (211,),
+    }
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            assert not parameter.any()
+            continue
+        count, expected = parameter.numel(), 1 / math.sqrt(parameter.shape[1])
+        assert abs(parameter.std().item() / expected - 1) < 5 / math.sqrt(2 * count)
+        assert abs(parameter.mean().item()) < 5 * expected / math.sqrt(count)
+
+
+def test_transformer_at_9973_has_28_tensors_and_7_7_million_parameters() -> None:
+    with torch.device("meta"):
+        parameters = list(Transformer(9973).parameters())
+    assert len(parameters) == 28
+    assert round(sum(parameter.numel() for parameter in parameters) / 1e6, 1) == 7.7
+
+
+def test_transformer_sees_the_order_of_the_operands() -> None:
+    model = Transformer(7)
+    assert model(torch.tensor([[1, 2], [2, 1]])).shape == (2, 7)
+    assert not torch.allclose(*model(torch.tensor([[1, 2], [2, 1]])))
+
+
+@pytest.mark.parametrize("name", ["mlp", "transformer"])
+def test_initial_weights_depend_on_the_seed_alone_and_leave_the_global_state(name: str) -> None:
+    state = torch.get_rng_state()
+    first = build_model(GrokConfig(model=name, p=7)).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(5)
+    again = build_model(GrokConfig(model=name, p=7)).state_dict()
+    other = build_model(GrokConfig(model=name, p=7, seed=1)).state_dict()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
+
+
+@pytest.mark.parametrize(("name", "vectors_decay"), [("mlp", 0.0), ("transformer", 0.1)])
+def test_weight_decay_acts_on_what_the_configuration_says(name: str, vectors_decay: float) -> None:
+    config = GrokConfig(model=name, p=7)
+    model = build_model(config)
+    optimizer = build_optimizer(model, config)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(decay) == len(list(model.parameters()))
+    for parameter in model.parameters():
+        assert decay[id(parameter)] == (config.weight_decay if parameter.ndim > 1 else vectors_decay)
+    assert {(group["lr"], group["betas"]) for group in optimizer.param_groups} == {(1e-3, (0.9, 0.999))}
