@@ -85,7 +85,8 @@ class Stats:
         half = 2.0 ** (RANGE_SHIFT // 2)
         above = torch.sqrt(large + middle / half / half) * half
         below = torch.sqrt(small + middle * half * half) / half
-        return torch.where(large > 0, above, torch.where((small > 0) & (middle < 2.0**-900), below, middle.sqrt()))
+        # A part below the range is under 2^-900: beside 2^-800 in the middle no number of such parts matters.
+        return torch.where(large > 0, above, torch.where((small > 0) & (middle < 2.0**-800), below, middle.sqrt()))
 
 
 _MAX_COLUMNS = [index for index, column in enumerate(COLUMNS) if column.merge is Merge.MAX]
