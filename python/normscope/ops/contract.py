@@ -19,7 +19,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TIE_SLACK = 2.0**-51
 
 #: Magnitudes whose squares and sums of squares stay well inside float64's range, as powers of two.
-SAFE_EXPONENTS = (-450, 500)
+SAFE_EXPONENTS = (-450, 450)
 
 
 class OrderStatistics(NamedTuple):
