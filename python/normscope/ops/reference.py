@@ -150,8 +150,10 @@ def order_statistics(
         return OrderStatistics(result)
     x = values.sqrt()
     ascending = x.sort().values
-    rank = torch.arange(1, count + 1, dtype=torch.float64, device=values.device)
-    result[0] = ((2 * rank - count - 1) * ascending).sum() / (count * x.sum())
+    # sum_i (2i - V - 1) x_(i) with the i-th smallest and i-th largest taken together: no term is negative.
+    half = torch.arange(count // 2, dtype=torch.float64, device=values.device)
+    spread = (count - 1 - 2 * half) * (ascending.flip(0)[: len(half)] - ascending[: len(half)])
+    result[0] = spread.sum() / (count * x.sum())
     reference = x.max() if threshold_of == "max" else x.mean()
     result[1] = (x < threshold * reference).to(torch.float64).mean()
     descending = (values if energy_power == 2 else x).sort(descending=True).values.tolist()
