@@ -123,8 +123,8 @@ int run_sparse_pass(const py::object& stored, const py::object& weight, const Sp
 }
 
 std::vector<double> run_order_statistics(std::uintptr_t energies, std::size_t count, int exponent, double threshold,
-                                         bool threshold_of_mean, int energy_power,
-                                         const std::vector<double>& fractions, std::int64_t stride) {
+                                         bool threshold_of_mean, int energy_power, const std::vector<double>& fractions,
+                                         std::int64_t stride) {
   std::vector<double> values(6 + fractions.size());
   const py::gil_scoped_release release;
   const OrderQuery query{reinterpret_cast<const double*>(energies),

@@ -28,9 +28,7 @@ const InstructionSet kInstructionSets[] = {
               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
      }},
     {kernels_avx2,
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-     }},
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
 #endif
     {kernels_baseline, [] { return true; }},
 };

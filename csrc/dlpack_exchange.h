@@ -1,6 +1,6 @@
-// The part of the DLPack 1.3 C exchange interface by which PyTorch (2.10 and later) describes a tensor to compiled code:
-// torch.Tensor.__dlpack_c_exchange_api__ is a capsule named "dlpack_exchange_api" that holds an ExchangeApi.
-// The layouts are fixed by https://dmlc.github.io/dlpack/latest/c_api.html.
+// The part of the DLPack 1.3 C exchange interface by which PyTorch (2.10 and later) describes a tensor to compiled
+// code: torch.Tensor.__dlpack_c_exchange_api__ is a capsule named "dlpack_exchange_api" that holds an ExchangeApi. The
+// layouts are fixed by https://dmlc.github.io/dlpack/latest/c_api.html.
 #pragma once
 
 #include <cstdint>

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
+#include <cstdlib>
 
 #include "threads.h"
 
@@ -14,10 +14,10 @@ namespace {
 constexpr std::size_t kUnit = 8 * kChunk;         // elements of one unit of work
 constexpr std::size_t kJobElements = kUnit / 2;   // small units are handed to threads in groups of about this size
 constexpr std::size_t kSerialElements = 1 << 15;  // less work than this is not worth waking a thread
-constexpr double kSmallestSafeSquare = 0x1p-900;  // sums of squares below may have lost sub-normal squares
+constexpr int kSafeExponent = 450;  // magnitudes within 2^-450 .. 2^450 have squares and sums of squares in range
 
-constexpr std::array kOutOfRange = {kSumSquaresLarge, kSumSquaresSmall,      kDotLarge,
-                                    kDotSmall,        kWeightSquaresLarge,   kWeightSquaresSmall};
+constexpr std::array kOutOfRange = {kSumSquaresLarge, kSumSquaresSmall,    kDotLarge,
+                                    kDotSmall,        kWeightSquaresLarge, kWeightSquaresSmall};
 
 // A sum with the rounding error of every addition carried beside it (Neumaier 1974).
 class CompensatedSum {
@@ -70,10 +70,8 @@ void add_scaled(Sums& sums, Column middle, double value, int exponent) {
   }
 }
 
-// A sum of float64 squares that neither overflowed nor lost squares that matter to it.
-bool in_range(double squares) {
-  return squares >= kSmallestSafeSquare && squares <= std::numeric_limits<double>::max();
-}
+// A sum of float64 squares that lost none that matter to it, and that millions of its like can be added to.
+bool in_range(double squares) { return squares >= 0x1p-900 && squares <= 0x1p900; }
 
 // Brings finite values into [-2, 2] by a power of two and returns its exponent; false where one is not finite.
 bool normalise(const void* values, std::size_t count, double* destination, int* exponent) {
@@ -88,25 +86,22 @@ bool normalise(const void* values, std::size_t count, double* destination, int* 
   return true;
 }
 
-// Adds the sums of a run of gradient elements, which are read again only where something in them is out of the ordinary.
+// Adds the sums of a run of gradient elements, which are read again only where something in them is out of the
+// ordinary.
 void add_gradient(const RunSums& run, const void* elements, DType dtype, std::size_t count, Sums& sums) {
   double nonfinite = 0.0;
-  double max_abs = run.max_abs;
   alignas(64) double values[kChunk];
   if (!std::isfinite(run.sum_abs)) {
     kernels(dtype).to_float64(elements, count, values);
     for (std::size_t i = 0; i < count; ++i) {
-      if (!std::isfinite(values[i])) {
-        nonfinite += 1.0;
-        max_abs = nan_max(max_abs, std::abs(values[i]));
-      }
+      nonfinite += std::isfinite(values[i]) ? 0.0 : 1.0;
     }
   }
   sums.add(kSumAbs, run.sum_abs);
   sums.add(kNonfinite, nonfinite);
-  sums.raise_max(max_abs);
+  sums.raise_max(std::isnan(run.sum_abs) ? run.sum_abs : run.max_abs);
   int exponent = 0;
-  if (dtype == DType::float64 && nonfinite == 0.0 && max_abs > 0.0 && !in_range(run.sum_squares) &&
+  if (dtype == DType::float64 && nonfinite == 0.0 && run.max_abs > 0.0 && !in_range(run.sum_squares) &&
       normalise(elements, count, values, &exponent)) {
     add_scaled(sums, kSumSquares, kernels(dtype).gradient(values, count).sum_squares, 2 * exponent);
   } else {
@@ -115,7 +110,8 @@ void add_gradient(const RunSums& run, const void* elements, DType dtype, std::si
 }
 
 // Adds dot and squares of the weight of a run of equal-typed gradient and weight elements.
-void add_pair(const RunSums& run, const void* gradient, const void* weight, DType dtype, std::size_t count, Sums& sums) {
+void add_pair(const RunSums& run, const void* gradient, const void* weight, DType dtype, std::size_t count,
+              Sums& sums) {
   int gradient_exponent = 0, weight_exponent = 0;
   if (dtype == DType::float64 && !(in_range(run.sum_squares) && in_range(run.weight_squares))) {
     Buffers scaled;
@@ -158,7 +154,7 @@ class EntryPass {
     if (entry_.energies == nullptr || gradient_.dtype() != DType::float64) return;
     double largest = 0.0;
     for (std::size_t row = 0; row < rows_; ++row) largest = nan_max(largest, entry_.energies[row]);
-    if (in_range(largest) || std::isnan(largest)) return;
+    if ((largest >= 0x1p-800 && largest <= 0x1p900) || std::isnan(largest)) return;
     auto largest_element = [this] {
       double result = 0.0;
       Buffers buffers;
@@ -170,7 +166,9 @@ class EntryPass {
       return result;
     }();
     if (!std::isfinite(largest_element) || largest_element == 0.0) return;
-    entry_.energy_exponent = std::ilogb(largest_element);
+    const int exponent = std::ilogb(largest_element);
+    if (std::abs(exponent) <= kSafeExponent) return;
+    entry_.energy_exponent = exponent;
     const std::size_t step = std::max<std::size_t>(kChunk, row_length_);
     auto job = [&](std::size_t i) {
       Buffers buffers;

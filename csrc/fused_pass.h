@@ -26,17 +26,26 @@ enum Column : std::size_t {
   kCount,
   kColumns
 };
-inline constexpr std::array<const char*, kColumns> kColumnNames = {
-    "sum_squares", "sum_squares_large", "sum_squares_small", "sum_abs",        "max_abs",
-    "nonfinite",   "dot",               "dot_large",         "dot_small",      "weight_squares",
-    "weight_squares_large",             "weight_squares_small", "count"};
+inline constexpr std::array<const char*, kColumns> kColumnNames = {"sum_squares",
+                                                                   "sum_squares_large",
+                                                                   "sum_squares_small",
+                                                                   "sum_abs",
+                                                                   "max_abs",
+                                                                   "nonfinite",
+                                                                   "dot",
+                                                                   "dot_large",
+                                                                   "dot_small",
+                                                                   "weight_squares",
+                                                                   "weight_squares_large",
+                                                                   "weight_squares_small",
+                                                                   "count"};
 
 // The *_large and *_small columns hold what float64 squares would lose, divided or multiplied by 2^kRangeShift.
 inline constexpr int kRangeShift = 1200;
 
 struct PassEntry {
   TensorView gradient;
-  TensorView weight;           // used where has_weight
+  TensorView weight;  // used where has_weight
   bool has_weight = false;
   // Set for a sparse gradient: `gradient` then holds its stored rows, of segment_length elements, and row i of the
   // gradient lies beside row weight_rows[i] of the contiguous weight. Weight sums cover those rows only.

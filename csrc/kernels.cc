@@ -1,8 +1,10 @@
 // The kernels of one instruction set; CMake compiles this file once for each, with NORMSCOPE_ISA as its name.
 #include "kernels.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #if defined(__AVX2__)
@@ -28,52 +30,44 @@ inline void for_groups(std::size_t count, Body&& body, const T*... pointers) {
   if (i < count) body(Padded<T>(pointers + i, count - i).elements...);
 }
 
-inline double largest(const Lanes& lanes) {
-  alignas(64) double values[kLanes];
-  lanes.store_to(values);
-  double result = 0.0;
-  for (double value : values) result = value > result ? value : result;
-  return result;
-}
-
 template <class T>
 RunSums gradient(const void* gradient_data, std::size_t count) {
-  Lanes squares = Lanes::zeros(), absolutes = Lanes::zeros(), maxima = Lanes::zeros();
+  Lanes squares = Lanes::zeros(), absolutes = Lanes::zeros();
+  Magnitudes<T> magnitudes;
   for_groups(
       count,
       [&](const T* g) {
         for (std::size_t i = 0; i < kRegisters; ++i) {
-          const Register x = load(g + i * kWidth);
-          const Register magnitude = absolute(x);
+          magnitudes.add(g, i);
+          const Register x = load_absolute(g + i * kWidth);
           squares.part[i] = multiply_add<T>(x, x, squares.part[i]);
-          absolutes.part[i] = add(magnitude, absolutes.part[i]);
-          maxima.part[i] = maximum(magnitude, maxima.part[i]);
+          absolutes.part[i] = add(x, absolutes.part[i]);
         }
       },
       static_cast<const T*>(gradient_data));
-  return {squares.fold(), absolutes.fold(), largest(maxima), 0.0, 0.0};
+  return {squares.fold(), absolutes.fold(), magnitudes.largest(), 0.0, 0.0};
 }
 
 template <class T>
 RunSums gradient_and_weight(const void* gradient_data, const void* weight_data, std::size_t count) {
-  Lanes squares = Lanes::zeros(), absolutes = Lanes::zeros(), maxima = Lanes::zeros();
+  Lanes squares = Lanes::zeros(), absolutes = Lanes::zeros();
+  Magnitudes<T> magnitudes;
   Lanes products = Lanes::zeros(), weight_squares = Lanes::zeros();
   for_groups(
       count,
       [&](const T* g, const T* w) {
         for (std::size_t i = 0; i < kRegisters; ++i) {
+          magnitudes.add(g, i);
           const Register x = load(g + i * kWidth);
           const Register y = load(w + i * kWidth);
-          const Register magnitude = absolute(x);
           squares.part[i] = multiply_add<T>(x, x, squares.part[i]);
-          absolutes.part[i] = add(magnitude, absolutes.part[i]);
-          maxima.part[i] = maximum(magnitude, maxima.part[i]);
+          absolutes.part[i] = add(absolute(x), absolutes.part[i]);
           products.part[i] = multiply_add<T>(x, y, products.part[i]);
           weight_squares.part[i] = multiply_add<T>(y, y, weight_squares.part[i]);
         }
       },
       static_cast<const T*>(gradient_data), static_cast<const T*>(weight_data));
-  return {squares.fold(), absolutes.fold(), largest(maxima), products.fold(), weight_squares.fold()};
+  return {squares.fold(), absolutes.fold(), magnitudes.largest(), products.fold(), weight_squares.fold()};
 }
 
 template <class T>
@@ -93,9 +87,23 @@ inline Lanes squares_of(const T* data, std::size_t count, Lanes squares) {
 template <class T>
 void row_energies(const void* rows, std::size_t n_rows, std::size_t row_length, double* energies) {
   const T* data = static_cast<const T*>(rows);
-  for (std::size_t row = 0; row < n_rows; ++row) {
-    energies[row] = squares_of(data + row * row_length, row_length, Lanes::zeros()).fold();
+  std::size_t row = 0;
+  for (; row + 2 <= n_rows; row += 2) {  // two at a time: the additions to one do not wait for those to the other
+    Lanes first = Lanes::zeros(), second = Lanes::zeros();
+    for_groups(
+        row_length,
+        [&](const T* a, const T* b) {
+          for (std::size_t i = 0; i < kRegisters; ++i) {
+            const Register x = load(a + i * kWidth), y = load(b + i * kWidth);
+            first.part[i] = multiply_add<T>(x, x, first.part[i]);
+            second.part[i] = multiply_add<T>(y, y, second.part[i]);
+          }
+        },
+        data + row * row_length, data + (row + 1) * row_length);
+    energies[row] = first.fold();
+    energies[row + 1] = second.fold();
   }
+  if (row < n_rows) energies[row] = squares_of(data + row * row_length, row_length, Lanes::zeros()).fold();
 }
 
 template <class T>

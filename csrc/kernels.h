@@ -18,8 +18,7 @@ inline constexpr std::size_t element_size(DType dtype) {
   return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
-// Plain sums over one run of elements. Where an element is NaN or infinite, sum_squares and sum_abs say so and
-// max_abs covers only the others.
+// Plain sums over one run of elements, NaN or infinite where an element is; max_abs may miss a NaN.
 struct RunSums {
   double sum_squares;
   double sum_abs;

@@ -32,7 +32,7 @@ inline Register add(Register a, Register b) { return _mm512_add_pd(a, b); }
 inline Register multiply(Register a, Register b) { return _mm512_mul_pd(a, b); }
 inline Register multiply_add_exact(Register a, Register b, Register c) { return _mm512_fmadd_pd(a, b, c); }
 inline Register absolute(Register a) { return _mm512_abs_pd(a); }
-inline Register maximum(Register a, Register b) { return _mm512_max_pd(a, b); }  // b where a is NaN
+inline Register maximum(Register a, Register b) { return _mm512_max_pd(a, b); }
 
 #elif defined(__AVX2__)
 
@@ -92,6 +92,17 @@ inline Register maximum(Register a, Register b) { return a > b ? a : b; }
 
 #endif
 
+template <class T>
+inline Register load_absolute(const T* p) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {  // half the width to clear signs in, and Magnitudes shares it
+    const __m256 narrow = _mm256_loadu_ps(p);
+    return _mm512_cvtps_pd(_mm256_and_ps(narrow, _mm256_castsi256_ps(_mm256_set1_epi32(INT32_MAX))));
+  }
+#endif
+  return absolute(load(p));
+}
+
 inline constexpr std::size_t kWidth = sizeof(Register) / sizeof(double);
 inline constexpr std::size_t kRegisters = kLanes / kWidth;
 
@@ -116,6 +127,58 @@ struct Lanes {
     store_to(values);
     return fold_lanes(values);
   }
+};
+
+// The largest magnitude of elements; where one is NaN it may or may not be seen.
+//
+// Narrow elements are compared as they are stored, twice or four times as many at once as in float64: without the sign
+// their bit patterns order as their values do.
+template <class T>
+class Magnitudes {
+  using Bits = std::conditional_t<sizeof(T) == 2, std::int16_t, std::int32_t>;
+  static constexpr std::size_t kBytes = std::min({sizeof(Register), kLanes * sizeof(T), std::size_t{32}});
+  static constexpr std::size_t kVectors = kLanes * sizeof(T) / kBytes;
+  typedef Bits Vector __attribute__((vector_size(kBytes)));
+
+ public:
+  // To be called for each i < kRegisters of a group of 16 elements.
+  void add(const T* group, std::size_t i) {
+    if (i >= kVectors) return;
+    Vector bits;
+    std::memcpy(&bits, group + i * (kLanes / kVectors), sizeof(bits));
+    bits &= std::numeric_limits<Bits>::max();
+    largest_[i] = bits > largest_[i] ? bits : largest_[i];
+  }
+  double largest() const {
+    alignas(64) T group[kLanes] = {};  // the largest magnitude in every place
+    Bits most = 0;
+    for (const Vector& vector : largest_) {
+      for (std::size_t i = 0; i < kLanes / kVectors; ++i) most = std::max<Bits>(most, vector[i]);
+    }
+    for (T& element : group) std::memcpy(static_cast<void*>(&element), &most, sizeof(most));
+    double values[kWidth];
+    store(values, load(group));
+    return values[0];
+  }
+
+ private:
+  Vector largest_[kVectors] = {};
+};
+
+template <>
+class Magnitudes<double> {
+ public:
+  void add(const double* group, std::size_t i) {
+    largest_.part[i] = maximum(absolute(load(group + i * kWidth)), largest_.part[i]);
+  }
+  double largest() const {
+    alignas(64) double values[kLanes];
+    largest_.store_to(values);
+    return *std::max_element(values, values + kLanes);
+  }
+
+ private:
+  Lanes largest_ = Lanes::zeros();
 };
 
 // accumulator + a * b with the product rounded to float64 first; T is the dtype the factors were widened from.

@@ -10,12 +10,12 @@ struct OrderQuery {
   const double* energies = nullptr;  // [count], squares of the token norms times 2^(-2 * exponent)
   std::size_t count = 0;
   int exponent = 0;
-  double threshold = 0.0;          // a token is under the threshold where norm < threshold * (largest or mean norm)
+  double threshold = 0.0;  // a token is under the threshold where norm < threshold * (largest or mean norm)
   bool threshold_of_mean = false;
-  int energy_power = 2;            // 2: counts run over energies; 1: over norms
+  int energy_power = 2;  // 2: counts run over energies; 1: over norms
   const double* fractions = nullptr;
   std::size_t n_fractions = 0;
-  std::int64_t stride = 0;         // token t is in group t mod stride; 0: no groups
+  std::int64_t stride = 0;  // token t is in group t mod stride; 0: no groups
 };
 
 struct OrderResult {

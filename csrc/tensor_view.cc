@@ -113,8 +113,7 @@ void Reader::sum_segments(std::size_t start, std::size_t count, double* sums) co
     std::fill(sums + done, sums + done + run, 0.0);
     for (std::int64_t j = segments_.offsets[segment]; j < segments_.offsets[segment + 1]; ++j) {
       const std::size_t row = static_cast<std::size_t>(segments_.order[j]);
-      kernels(view_->dtype)
-          .to_float64(element_at(view_->data, view_->dtype, row * row_length_ + column), run, widened);
+      kernels(view_->dtype).to_float64(element_at(view_->data, view_->dtype, row * row_length_ + column), run, widened);
       for (std::size_t i = 0; i < run; ++i) sums[done + i] += widened[i];
     }
     done += run;

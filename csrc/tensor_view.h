@@ -17,9 +17,9 @@ struct TensorView {
   DType dtype = DType::float32;
   bool contiguous = true;
   std::size_t count = 0;
-  std::size_t rows = 1;                // extent of the first dimension; 1 for a 0-d tensor
-  std::vector<std::int64_t> shape;     // empty where contiguous
-  std::vector<std::int64_t> strides;   // in elements; empty where contiguous
+  std::size_t rows = 1;               // extent of the first dimension; 1 for a 0-d tensor
+  std::vector<std::int64_t> shape;    // empty where contiguous
+  std::vector<std::int64_t> strides;  // in elements; empty where contiguous
 
   TensorView() = default;
   TensorView(const void* data, DType dtype, std::size_t dimensions, const std::int64_t* shape,

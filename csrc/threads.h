@@ -16,8 +16,7 @@ void parallel_for(std::size_t count, int threads, Job job, void* context);
 
 template <class Body>
 void parallel_for(std::size_t count, int threads, Body& body) {
-  parallel_for(
-      count, threads, [](void* context, std::size_t index) { (*static_cast<Body*>(context))(index); }, &body);
+  parallel_for(count, threads, [](void* context, std::size_t index) { (*static_cast<Body*>(context))(index); }, &body);
 }
 
 // "openmp" where the jobs run on the threads PyTorch's operators run on, otherwise "std::thread".

@@ -31,10 +31,10 @@ class Parts:
             ValueError: a key is there already, or there are not as many keys as values.
         """
         if isinstance(found, Values):
-            if found.values.shape != (len(found.keys),):
-                raise ValueError(f"{len(found.keys)} keys for values of shape {tuple(found.values.shape)}")
+            if len(found.values) != len(found.keys):
+                raise ValueError(f"{len(found.keys)} keys for {len(found.values)} values")
             keys = [prefix + key for key in found.keys]
-            values: list[float | Tensor] = [found.values]
+            values = _pieces(found)
         else:
             keys = [prefix + key for key in found]
             values = [_scalar(key, value) for key, value in found.items()]
@@ -43,6 +43,10 @@ class Parts:
             raise ValueError(f"the record already has a value for {sorted(repeated)[0]!r}")
         self.keys += keys
         self.values += values
+
+
+def _pieces(found: Values) -> list[float | Tensor]:
+    return [found.values] if isinstance(found.values, Tensor) else [*found.values]
 
 
 def _scalar(key: str, value: object) -> float | Tensor:
@@ -74,7 +78,7 @@ def _to_host(vector: Tensor) -> Callable[[], list[float]]:
 
 def make_record(step: int, point: LifecyclePoint, parts: Parts) -> Record:
     """A record of ``parts``; values on one device travel together and are waited for when one is read."""
-    pieces = [*parts.values, *([] if parts.nonfinite is None else [parts.nonfinite.values])]
+    pieces = [*parts.values, *([] if parts.nonfinite is None else _pieces(parts.nonfinite))]
     by_device: dict[torch.device, list[Tensor]] = {}
     for piece in pieces:
         if isinstance(piece, Tensor):

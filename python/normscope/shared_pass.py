@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from normscope import ops
 from normscope.errors import NormscopeError, ObserverError, UnsupportedTensorError
-from normscope.metrics.values import Values
+from normscope.metrics.values import Number, Values, joined, vector
 from normscope.observer import GradientSource, GradientView, Observer, View
 from normscope.pending import Parts
 from normscope.record import LifecyclePoint
@@ -63,7 +62,7 @@ def read_shared(
         stats = _named_pass(gradients, beside, tables)
         if beside is not None:
             weight_norms.update(zip(gradients.names, stats.roots("weight_squares")[:-1], strict=True))
-        nonfinite = Values(gradients.names, stats.column("nonfinite")[:-1])
+        nonfinite = Values(gradients.names, vector(stats.column("nonfinite")[:-1]))
         parts.nonfinite = nonfinite if parts.nonfinite is None else _most(parts.nonfinite, nonfinite, parameters.names)
         for _, view in readers:
             view.gradients = GradientView(gradients.names, stats)
@@ -102,8 +101,8 @@ def _complete(known: Mapping[str, Tensor], parameters: TensorList) -> dict[str, 
 
 def _most(first: Values, second: Values, order: Sequence[str]) -> Values:
     """The larger of two counts of each parameter, in the model's order."""
-    counts: dict[str, Tensor] = dict(zip(first.keys, first.values, strict=True))
+    counts: dict[str, Number] = dict(zip(first.keys, first.values, strict=True))
     for name, count in zip(second.keys, second.values, strict=True):
-        counts[name] = torch.maximum(counts[name], count) if name in counts else count
+        counts[name] = max(counts[name], count) if name in counts else count
     names = [name for name in order if name in counts]
-    return Values(names, torch.stack([counts[name] for name in names]))
+    return Values(names, joined([counts[name] for name in names]))

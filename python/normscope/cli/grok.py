@@ -126,7 +126,7 @@ def grok(
     threads: Annotated[
         int | None,
         typer.Option(
-            help="Threads; part of the run, as rounding depends on them. Default: torch's, mlp at most 4.",
+            help="Threads; part of the run, as rounding depends on them. Default: torch's, mlp at most 2.",
             show_default=False,
             rich_help_panel=_RUN,
         ),

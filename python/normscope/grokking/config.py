@@ -21,7 +21,7 @@ _BY_MODEL: dict[str, dict[str, Any]] = {
 }
 MODELS = tuple(_BY_MODEL)
 _LARGEST_P = math.isqrt(2**63 - 1)  # pairs are numbered with int64
-_MLP_THREADS = 4  # its matrices are too small to feed more
+_MLP_THREADS = 2  # its matrices are small, and more threads wait longer for one another on a busy machine
 _LEFT_OUT: Any = None  # filled in by ``__post_init__``, so that the fields have their real types
 
 
@@ -47,7 +47,7 @@ class GrokConfig:
         stride: the stride of that ordering and of the stride metrics of ``token_gradient``; floor(sqrt(p)) by default.
         max_steps: optimizer steps after which the run ends in any case; 50,000 and 1,000,000 by default.
         observe: names of ``OBSERVERS``; the weight norm is always observed.
-        threads: torch's threads while training: rounding depends on them. By default what torch uses, at most 4 for the
+        threads: torch's threads while training: rounding depends on them. By default what torch uses, at most 2 for the
             mlp.
 
     Raises:

@@ -54,12 +54,18 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"{self.path} cannot be used: {error.strerror}") from error
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock(handle)
             yield
-        except BlockingIOError as error:
-            raise RunFolderError(f"another process is training in {self.path}") from error
         finally:
             os.close(handle)
+
+    def _lock(self, handle: int) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunFolderError(f"another process is training in {self.path}") from error
+        except OSError:
+            pass  # a file system without locks
 
     def check(self, config: GrokConfig) -> None:
         """Check that the folder is empty, or holds the run of ``config`` (``max_steps`` may differ).

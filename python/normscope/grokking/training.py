@@ -91,15 +91,15 @@ def train(
     steps and numbers them with the step; a mini-batch run after every epoch, numbered from 1. One more is made at
     ``config.max_steps``.
 
-    A run in a folder goes on from its checkpoint, with the bits that a run never interrupted would have; a finished one
-    is returned as it is.
+    A run in a folder goes on from its checkpoint, with the bits that a run never interrupted would have (on the same
+    machine, with the same versions); a finished one is returned as it is.
 
     Args:
         config: the run.
         out: its folder; None keeps nothing.
-        sinks: further receivers of the records.
+        sinks: further receivers of the records; closed at the end.
         progress: a display.
-        should_stop: asked after every step; True saves a checkpoint and retur
+        should_stop: asked after every step; True saves a checkpoint and returns.
         checkpoint_seconds: least time between two checkpoints; it is stretched where they would take more than 1 % of
             the time.
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-import torch
-
-from normscope.metrics.values import Values
+from normscope.metrics.values import Values, divide, joined, vector
 from normscope.stats import COLUMN_INDEX, Stats
 
 _SUM_ABS, _MAX_ABS, _NONFINITE, _COUNT = (COLUMN_INDEX[name] for name in ("sum_abs", "max_abs", "nonfinite", "count"))
@@ -31,14 +28,12 @@ def norms(stats: Stats, names: Sequence[str]) -> Values:
     ``norm_{layer}``     L2 norm of the gradient of that parameter
     ===================  ====================================================================
     """
-    roots = stats.roots("sum_squares")
-    whole = stats.sums[-1]
-    count = whole[_COUNT : _COUNT + 1]
-    some = torch.where(count > 0, 1.0, math.nan)  # of nothing, the largest and the mean are undefined
+    roots, whole = vector(stats.roots("sum_squares")), vector(stats.sums[-1])
+    count = whole[_COUNT]
     summaries = [
-        roots[-1:],
-        whole[_MAX_ABS : _MAX_ABS + 1] * some,
-        whole[_SUM_ABS : _SUM_ABS + 1] / count,
-        whole[_NONFINITE : _NONFINITE + 1],
+        roots[-1],
+        whole[_MAX_ABS] * divide(count, count),  # NaN, as the mean is, where there is no element
+        divide(whole[_SUM_ABS], count),
+        whole[_NONFINITE],
     ]
-    return Values(_keys(tuple(names)), torch.cat([*summaries, roots[:-1]]))
+    return Values(_keys(tuple(names)), joined(summaries, roots[:-1]))

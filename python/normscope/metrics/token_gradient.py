@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from normscope import ops
-from normscope.metrics.values import Values
+from normscope.metrics.values import Values, divide, joined, vector
 from normscope.stats import Energies
 
 
@@ -42,8 +40,10 @@ class TokenGradientOptions:
             raise ValueError(f"ratio must be 'max/min' or 'max/mean', got {self.ratio!r}")
 
 
-_KEYS = ("gradient_sparsity", "gradient_gini", "tokens_for_50pct", "tokens_for_90pct", "concentration_ratio")
-_STRIDE_KEYS = (*_KEYS, "stride_group_variance", "stride_group_max_ratio")
+_SPREAD_KEYS = ("gradient_gini", "gradient_sparsity")
+_STRIDE_KEYS = ("stride_group_variance", "stride_group_max_ratio")
+_COUNT_KEYS = ("tokens_for_50pct", "tokens_for_90pct", "concentration_ratio")
+_KEYS, _KEYS_WITH_STRIDE = _SPREAD_KEYS + _COUNT_KEYS, _SPREAD_KEYS + _STRIDE_KEYS + _COUNT_KEYS
 
 
 def token_gradient(energies: Energies, options: TokenGradientOptions) -> Values:
@@ -69,10 +69,9 @@ def token_gradient(energies: Energies, options: TokenGradientOptions) -> Values:
         energy_power=options.energy_power,
         stride=options.stride,
     )
-    tokens = energies.values.numel()
-    half = found.counts[0]
-    values = [found.fraction_below, found.gini, half, found.counts[1], half / max(tokens, 1)]
+    gini, below, variance, most, least, mean, half, nine_tenths = vector(found.values)
+    concentration = divide(half, float(energies.values.numel()))
     if options.stride is None:
-        return Values(_KEYS, torch.stack(values))
-    reference = found.group_min if options.ratio == "max/min" else found.group_mean
-    return Values(_STRIDE_KEYS, torch.stack([*values, found.group_variance, found.group_max / reference]))
+        return Values(_KEYS, joined([gini, below, half, nine_tenths, concentration]))
+    ratio = divide(most, least if options.ratio == "max/min" else mean)
+    return Values(_KEYS_WITH_STRIDE, joined([gini, below, variance, ratio, half, nine_tenths, concentration]))

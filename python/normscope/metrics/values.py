@@ -1,19 +1,49 @@
-"""Named values on a device: what a metric function returns."""
+"""Named values: what a metric function returns, and the arithmetic that works on host numbers and device tensors alike.
+
+Values of CPU tensors are plain numbers from the start: a dozen operations on one-element tensors would take longer than
+the pass over a small model. Values of other devices stay there, so that nothing waits for them.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, cast
 
+import torch
 from torch import Tensor
+
+Vector: TypeAlias = list[float] | Tensor  # host numbers, or float64 [n] on a device
+Number: TypeAlias = float | Tensor  # an element of one
 
 
 class Values(NamedTuple):
-    """Metric names and their float64 values, ``[len(keys)]`` on the device they were computed on."""
+    """Metric names and their values."""
 
     keys: Sequence[str]
-    values: Tensor
+    values: Vector
 
     def to_dict(self) -> dict[str, float]:
         """The values on the host; this waits for the device."""
-        return dict(zip(self.keys, self.values.tolist(), strict=True))
+        numbers = self.values.tolist() if isinstance(self.values, Tensor) else self.values
+        return dict(zip(self.keys, numbers, strict=True))
+
+
+def vector(tensor: Tensor) -> Vector:
+    """A float64 ``[n]`` tensor as host numbers if it lies on the CPU."""
+    return tensor.tolist() if tensor.device.type == "cpu" else tensor
+
+
+def joined(numbers: Sequence[Number], more: Vector | None = None) -> Vector:
+    """Numbers, and then a vector, all from one device, as one vector."""
+    if isinstance(numbers[0], Tensor):
+        stacked = torch.stack(cast(list[Tensor], numbers))
+        return stacked if more is None else torch.cat([stacked, cast(Tensor, more)])
+    return [*cast(Sequence[float], numbers), *cast(Sequence[float], more or ())]
+
+
+def divide(numerator: Number, denominator: Number) -> Number:
+    """IEEE division: 0/0 is NaN, x/0 an infinity."""
+    if isinstance(numerator, Tensor) or isinstance(denominator, Tensor) or denominator != 0.0:
+        return numerator / denominator
+    return math.copysign(math.inf, numerator) if numerator and not math.isnan(numerator) else math.nan
