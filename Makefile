@@ -32,10 +32,7 @@ format: .venv/test-installed
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 sanitize: .venv/test-installed
-	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \
-	  -DNORMSCOPE_SANITIZE=address,undefined
-	$(BIN)/cmake --build build/sanitize
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/native/sanitize.sh
 
 bench: .venv/test-installed
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json
