@@ -12,7 +12,7 @@ PIP_INSTALL := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --dis
 BUILD_SETTINGS := $(if $(CI),--config-settings=cmake.define.NORMSCOPE_WERROR=ON)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint format sanitize bench install clean
+.PHONY: demo test lint format sanitize bench bench-commit install clean
 
 demo: .venv/demo-installed
 	$(BIN)/normscope grok --model mlp --p 59
@@ -36,7 +36,11 @@ sanitize: .venv/test-installed
 
 bench: .venv/test-installed
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json
-	$(BIN)/python -m bench.compare build/bench.json
+	$(BIN)/python -m bench.results build/bench.json
+
+bench-commit: .venv/test-installed
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json
+	$(BIN)/python -m bench.results build/bench.json --commit
 
 install: .venv/test-installed
 

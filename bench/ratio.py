@@ -1,0 +1,45 @@
+"""Timing of two sides in turn, so that a machine that speeds up or slows down does so for both."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Timing(NamedTuple):
+    """Quartiles over rounds; seconds, and ours over theirs round by round."""
+
+    ours: tuple[float, float, float]
+    theirs: tuple[float, float, float]
+    ratio: tuple[float, float, float]
+
+
+def _seconds(run: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+def _calls_for(run: Callable[[], object], seconds: float) -> int:
+    return max(1, round(seconds / max(min(_seconds(run, 1) for _ in range(3)), 1e-7)))
+
+
+def _quartiles(values: list[float]) -> tuple[float, float, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def alternate(
+    ours: Callable[[], object], theirs: Callable[[], object], *, rounds: int = 41, seconds: float = 0.01
+) -> Timing:
+    """Time ``ours`` and ``theirs`` in turn, each for about ``seconds`` a round, the order changing every round."""
+    calls = _calls_for(ours, seconds), _calls_for(theirs, seconds)
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(rounds):
+        for side in (0, 1) if turn % 2 else (1, 0):
+            times[side].append(_seconds((ours, theirs)[side], calls[side]))
+    ratios = [a / b for a, b in zip(*times, strict=True)]
+    return Timing(_quartiles(times[0]), _quartiles(times[1]), _quartiles(ratios))
