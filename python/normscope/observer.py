@@ -146,6 +146,20 @@ class Intervention(Scheduled, ABC):
 
     Observers therefore see the state that training goes on with. What :meth:`apply` returns is recorded under
     ``{name}/``.
+
+    Example:
+        >>> import torch, normscope as ns
+        >>> class Clamp(ns.Intervention):
+        ...     name = "clamp"
+        ...
+        ...     def apply(self, view):
+        ...         weight = view.model.weight
+        ...         factor = 1.0 / weight.norm()
+        ...         weight.mul_(factor)
+        ...         return {"factor": factor}
+        >>> monitor = ns.Monitor(torch.nn.Linear(2, 2), interventions=[Clamp(start=100)])
+        >>> list(monitor.post_step(100))
+        ['clamp/factor']
     """
 
     name: ClassVar[str]

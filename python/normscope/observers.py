@@ -34,6 +34,17 @@ class Norms(_GradientObserver):
             over the steps at which it had one, instead of the gradients on the model. It needs the optimizer
             (``Monitor(..., optimizer=...)``) and keeps a float64 copy of the gradients.
         every, start, stop: the schedule, see :class:`normscope.observer.Scheduled`.
+
+    Example:
+        >>> import torch, normscope as ns
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> monitor = ns.Monitor(model, [ns.Norms(accumulate="epoch")], optimizer=optimizer)
+        >>> for gradient in (1.0, 3.0):
+        ...     model.weight.grad = torch.tensor([[gradient]])
+        ...     optimizer.step()
+        >>> monitor.post_epoch(0)["norms/total_norm"]
+        2.0
     """
 
     name = "norms"
@@ -67,6 +78,15 @@ class TokenGradient(_GradientObserver):
 
     Raises:
         ValueError: an option is out of range.
+
+    Example:
+        >>> import torch, normscope as ns
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(4, 2), torch.nn.Linear(2, 1))
+        >>> monitor = ns.Monitor(model, [ns.TokenGradient()], context={"stride": 2})
+        >>> model(torch.tensor([1])).sum().backward()
+        >>> record = monitor.post_epoch(0)
+        >>> record["token_gradient/tokens_for_90pct"], record["token_gradient/stride_group_max_ratio"]
+        (1.0, inf)
     """
 
     name = "token_gradient"

@@ -22,6 +22,16 @@ class TokenGradientOptions:
 
     Raises:
         ValueError: an option is outside what is listed here.
+
+    Example:
+        >>> import torch, normscope as ns
+        >>> ns.token_gradient(torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0, 1.0]))["tokens_for_50pct"]
+        1.0
+        >>> ns.token_gradient(torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0, 1.0]), energy_power=1)["tokens_for_50pct"]
+        2.0
+        >>> ns.TokenGradientOptions(ratio="min/max")
+        Traceback (most recent call last):
+        ValueError: ratio must be 'max/min' or 'max/mean', got 'min/max'
     """
 
     stride: int | None = None

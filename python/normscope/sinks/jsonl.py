@@ -73,6 +73,14 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     Raises:
         FileNotFoundError: there is no such file.
         RecordFileError: any other line is not a record; the message names the file and the line.
+
+    Example:
+        >>> import pathlib, tempfile, normscope as ns
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "run.jsonl"
+        >>> with ns.sinks.JSONL(path) as sink:
+        ...     sink.write(ns.Record(7, ns.LifecyclePoint.SNAPSHOT, {"task/loss": 0.1, "task/gap": float("inf")}))
+        >>> [(record.step, dict(record)) for record in ns.read_records(path)]
+        [(7, {'task/loss': 0.1, 'task/gap': inf})]
     """
     return [record for _, record in _parse_lines(Path(path))]
 

@@ -1,0 +1,250 @@
+"""Nothing points upward, importing is light, files stay small, and every public name has an example that runs."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from fresh import fresh_package, run_python
+
+import normscope as ns
+
+PACKAGE = Path(ns.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+#: From the bottom up; a module may import those of lower rooms and of its own.
+ROOMS: tuple[tuple[str, ...], ...] = (
+    ("record", "errors"),
+    ("stats",),
+    ("tensors",),
+    ("ops",),
+    ("metrics",),
+    ("observer", "pending", "accumulate", "unchanged", "functional"),
+    ("observers", "shared_pass"),
+    ("monitor",),
+    ("integrations", "grokking"),
+    ("cli",),
+)
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+#: Sinks stand beside all this: whoever has records can write them.
+SINKS_MAY_IMPORT = {"record", "errors", "sinks"}
+#: Rooms that are users of the rest, and so may import sinks and the public names.
+WRITERS = {"grokking", "cli", "integrations"}
+
+OPTIONAL = ("rich", "typer", "matplotlib", "tensorboard", "torch.utils.tensorboard")
+#: The public names that a reader of the design expects, as far as they exist in this version.
+PUBLIC = (
+    "Monitor",
+    "Norms",
+    "TokenGradient",
+    "norms",
+    "token_gradient",
+    "backends",
+    "backend",
+    "read_records",
+    "sinks",
+)
+
+
+def imported(path: Path, everywhere: bool = True) -> set[str]:
+    """Names of modules that a file imports; only those at import time if not ``everywhere``."""
+    found: set[str] = set()
+    todo: list[ast.AST] = [ast.parse(path.read_text())]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            if node.module != "normscope":  # from which rooms or public names are taken, never itself
+                found.add(str(node.module))
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+        lazy = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        )
+        if everywhere or not lazy:
+            todo.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """Rooms that a file imports from; ``__init__`` where it imports the package's public names."""
+    names = {name for name in imported(path) if name.split(".")[0] == "normscope"}
+    rooms = {name.split(".")[1] if "." in name else "__init__" for name in names}
+    return {found if found in (*LEVEL, "sinks", "_core") else "__init__" for found in rooms}
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def test_every_module_has_its_room() -> None:
+    assert {room(module) for module in MODULES} <= {*LEVEL, "sinks", "__init__"}, "give the new one a place in ROOMS"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room(m) in LEVEL])
+def test_nothing_points_upward(module: str) -> None:
+    here = room(module)
+    for other in rooms_imported(MODULES[module]) - {"_core"}:
+        if other in ("sinks", "__init__"):
+            assert here in WRITERS, f"{module} imports {other}"
+        else:
+            assert LEVEL[other] <= LEVEL[here], f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room(m) == "sinks"])
+def test_sinks_know_records_only(module: str) -> None:
+    assert rooms_imported(MODULES[module]) <= SINKS_MAY_IMPORT
+
+
+def test_the_compiled_core_is_behind_its_backend() -> None:
+    users = {module for module, path in MODULES.items() if "_core" in rooms_imported(path)}
+    assert users == {"ops.cpu"}
+
+
+def test_metrics_are_pure() -> None:
+    for module in MODULES:
+        if room(module) == "metrics":
+            text = MODULES[module].read_text()
+            calls = {node.func.id for node in ast.walk(ast.parse(text)) if is_plain_call(node)}  # type: ignore[attr-defined]
+            assert not calls & {"open", "print", "input"}
+            assert "global " not in text
+
+
+def is_plain_call(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+
+
+def test_the_check_itself_sees_imports(tmp_path: Path) -> None:
+    file = tmp_path / "module.py"
+    file.write_text(
+        "from normscope import monitor\nimport normscope.cli.app\nif TYPE_CHECKING:\n    import rich\n"
+        "def f():\n    from normscope.sinks.jsonl import JSONL\n    import typer\n"
+    )
+    assert rooms_imported(file) == {"monitor", "cli", "sinks"}
+    public = tmp_path / "public.py"
+    public.write_text("from normscope import norms")
+    assert rooms_imported(public) == {"__init__"}
+    public.write_text("import normscope as ns")
+    assert rooms_imported(public) == {"__init__"}
+    assert {"rich", "typer"} <= imported(file)
+    assert not {"rich", "typer"} & imported(file, everywhere=False)
+
+
+# Importing
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_optional_packages_are_imported_when_used(module: str) -> None:
+    at_import = imported(MODULES[module], everywhere=False)
+    heavy = {
+        name for name in at_import if name.split(".")[0] in ("rich", "typer", "matplotlib", "tensorboard", "click")
+    }
+    assert not heavy or room(module) == "cli", f"{module} imports {heavy} when it is imported"
+
+
+def test_import_loads_no_optional_package_and_starts_nothing() -> None:
+    script = f"""
+import sys, threading
+import torch
+before = torch.get_num_threads(), threading.active_count(), torch.get_rng_state().tolist()
+import normscope
+assert before == (torch.get_num_threads(), threading.active_count(), torch.get_rng_state().tolist())
+loaded = [name for name in sys.modules if name.split(".")[0] in {OPTIONAL!r} or name in {OPTIONAL!r}]
+assert not loaded, loaded
+ours = sorted(name for name in sys.modules if name.startswith("normscope."))
+assert not [name for name in ours if name.split(".")[1] in ("cli", "grokking", "integrations", "_core")], ours
+print("light")
+"""
+    assert run_python(script) == "light\n"
+
+
+@pytest.fixture
+def record() -> ns.Record:
+    return ns.Record(0, ns.LifecyclePoint.SNAPSHOT, {"x": 1.0})
+
+
+def test_the_package_works_without_its_optional_packages(record: ns.Record, tmp_path: Path) -> None:
+    unreachable = {name.replace(".", "__"): None for name in OPTIONAL}
+    with fresh_package(**unreachable) as fresh:
+        model = torch.nn.Linear(2, 1)
+        model(torch.ones(1, 2)).sum().backward()
+        records: list[ns.Record] = []
+        fresh.Monitor(model, [fresh.Norms()], [records.append]).post_epoch(0)
+        assert records[0]["norms/norm_bias"] == 1.0
+        with pytest.raises(ImportError, match=r"pip install 'normscope\[console\]'"):
+            fresh.sinks.Console().write(record)
+        with pytest.raises(ImportError, match=r"pip install 'normscope\[tensorboard\]'"):
+            fresh.sinks.TensorBoard(tmp_path).write(record)
+
+
+# Files and names
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_are_small_and_say_what_they_are_for(module: str) -> None:
+    text = MODULES[module].read_text()
+    assert len(text.splitlines()) <= 320
+    first = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    assert len(first) > 20, "one sentence says what the file is for"
+    assert first.endswith((".", ":", "…")), first
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_of_the_design_exist(name: str) -> None:
+    assert name in ns.__all__
+    assert getattr(ns, name) is not None
+
+
+@pytest.mark.parametrize("name", sorted(set(ns.__all__) - {"sinks"}))
+def test_public_names_are_documented(name: str) -> None:
+    found = getattr(ns, name)
+    assert inspect.getdoc(found)
+    if inspect.isclass(found):
+        own = [
+            member for attribute, member in vars(found).items() if not attribute.startswith("_") and callable(member)
+        ]
+        assert all(inspect.getdoc(member) for member in own)
+
+
+def test_public_names_are_listed_in_order_and_complete() -> None:
+    assert list(ns.__all__) == sorted(ns.__all__)
+    public = {name for name in vars(ns) if not name.startswith("_") and not inspect.ismodule(vars(ns)[name])}
+    assert public | {"sinks"} == set(ns.__all__)
+
+
+#: Shown by the example of another name, or raised and handed out rather than called.
+WITHOUT_EXAMPLE = {"NormscopeError", "LifecyclePoint", "View", "Reads", "BackendInfo"}
+
+
+@pytest.mark.parametrize("name", sorted(set(ns.__all__) - {"sinks"} - WITHOUT_EXAMPLE))
+def test_public_names_have_an_example_that_runs(name: str) -> None:
+    found = getattr(ns, name)
+    module = importlib.import_module(found.__module__)
+    tests = doctest.DocTestFinder(recurse=False).find(found, name, module=module)
+    examples = [test for test in tests if test.examples]
+    assert examples, f"{name} has no example"
+    for test in examples:
+        assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test).failed == 0
+
+
+def test_the_package_is_typed() -> None:
+    assert (PACKAGE / "py.typed").exists()
+    assert (PACKAGE / "_core.pyi").exists()
+
+
+def test_the_version_is_in_one_place() -> None:
+    pyproject = PACKAGE.parents[1] / "pyproject.toml"
+    if not pyproject.exists():
+        pytest.skip("installed without its sources")
+    (version,) = re.findall(r'^version = "(.+)"$', pyproject.read_text(), flags=re.MULTILINE)
+    assert not [module for module, path in MODULES.items() if version in path.read_text()]

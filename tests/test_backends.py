@@ -1,0 +1,135 @@
+"""The table of backends: what it says, what an explicit choice does, and what happens without the compiled core."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from fresh import fresh_package, run_python
+
+import normscope as ns
+from normscope import _core
+from normscope.errors import BackendError
+from normscope.ops import backends as table
+from normscope.ops import cpu, reference
+
+GRADIENTS = {"w": torch.tensor([3.0, 4.0])}
+
+
+def test_the_table() -> None:
+    rows = {info.name: info for info in ns.backends()}
+    assert len(rows) == len(ns.backends()), "names are unique"
+    assert list(rows)[-1] == "reference", "preferred first"
+    assert rows["reference"].available
+    assert "float64" in rows["reference"].reason
+    assert rows["cpu"].available
+    assert any(name in rows["cpu"].reason for name in ("baseline", "avx2", "avx512"))
+    assert all(isinstance(info, ns.BackendInfo) and info.reason for info in rows.values())
+
+
+def test_the_choice_follows_the_tensors() -> None:
+    assert table.of([torch.ones(2)]) is cpu
+    assert table.of([]) is cpu
+
+
+def test_an_explicit_choice_holds_inside_its_block_only() -> None:
+    with ns.backend("reference"):
+        assert table.of([torch.ones(2)]) is reference
+        with ns.backend("cpu"):
+            assert table.of([torch.ones(2)]) is cpu
+        assert table.of([torch.ones(2)]) is reference
+        assert ns.norms(GRADIENTS)["total_norm"] == 5.0
+    assert table.of([torch.ones(2)]) is cpu
+
+
+def test_a_choice_ends_with_an_error_in_its_block() -> None:
+    with pytest.raises(KeyError), ns.backend("reference"):
+        raise KeyError
+    assert table.of([torch.ones(2)]) is cpu
+
+
+def test_a_choice_is_the_threads_own() -> None:
+    seen: list[object] = []
+    with ns.backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(table.of([torch.ones(2)])))
+        thread.start()
+        thread.join()
+    assert seen == [cpu]
+
+
+@pytest.mark.parametrize("name", ["nope", "", "CPU", "triton "])
+def test_a_backend_that_does_not_exist(name: str) -> None:
+    entered = False
+    with pytest.raises(BackendError, match=f"no backend {name!r}; choose one of .*cpu.*reference"), ns.backend(name):
+        entered = True
+    assert not entered
+    assert issubclass(BackendError, RuntimeError)
+
+
+def test_an_explicit_choice_does_not_fall_back_for_tensors_it_cannot_read() -> None:
+    with ns.backend("cpu"), pytest.raises(ns.NormscopeError, match=r"w: .*meta"):
+        ns.norms({"w": torch.ones(2, device="meta")})
+
+
+def test_environment_variable_of_a_process() -> None:
+    script = """
+import torch, normscope as ns
+from normscope.ops import backends
+print(ns.norms({"w": torch.tensor([3.0, 4.0])})["total_norm"], backends.of([]).__name__)
+with ns.backend("cpu"):
+    print(backends.of([]).__name__)
+print(backends.of([]).__name__)
+"""
+    expected = "5.0 normscope.ops.reference\nnormscope.ops.cpu\nnormscope.ops.reference\n"
+    assert run_python(script, NORMSCOPE_BACKEND="reference") == expected
+
+
+@pytest.mark.parametrize(("value", "used"), [("cpu", "cpu"), ("reference", "reference"), ("", "cpu")])
+def test_environment_variable(monkeypatch: pytest.MonkeyPatch, value: str, used: str) -> None:
+    monkeypatch.setenv("NORMSCOPE_BACKEND", value)
+    with fresh_package() as fresh:
+        assert fresh.norms(GRADIENTS)["total_norm"] == 5.0
+        assert fresh.ops.backends.of([]).__name__ == f"normscope.ops.{used}"
+
+
+def test_an_unknown_name_in_the_environment_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NORMSCOPE_BACKEND", "gpu")
+    with fresh_package() as fresh:
+        assert [info.name for info in fresh.backends()] == ["cpu", "reference"], "one can still ask"
+        with pytest.raises(fresh.errors.BackendError, match="there is no backend 'gpu'; choose one of cpu, reference"):
+            fresh.norms(GRADIENTS)
+
+
+def test_without_the_compiled_core_the_choice_falls_back_and_the_table_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("NORMSCOPE_BACKEND", raising=False)
+    with fresh_package(normscope___core=None) as fresh:
+        assert fresh.norms(GRADIENTS)["total_norm"] == 5.0
+        assert fresh.token_gradient(torch.eye(4))["tokens_for_50pct"] == 2.0
+        assert fresh.ops.backends.of([]).__name__ == "normscope.ops.reference"
+        compiled, plain = fresh.backends()
+        assert (compiled.name, compiled.available, plain.available) == ("cpu", False, True)
+        assert compiled.reason.startswith("cannot be imported: ")
+        assert "normscope._core" in compiled.reason
+
+
+def test_without_the_compiled_core_an_explicit_choice_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = "backend 'cpu' was asked for and is not available: cannot be imported: .*_core"
+    with fresh_package(normscope___core=None) as fresh:
+        with pytest.raises(fresh.errors.BackendError, match=message), fresh.backend("cpu"):
+            pass
+        assert fresh.norms(GRADIENTS)["total_norm"] == 5.0
+    monkeypatch.setenv("NORMSCOPE_BACKEND", "cpu")
+    with fresh_package(normscope___core=None) as fresh, pytest.raises(fresh.errors.BackendError, match=message):
+        fresh.norms(GRADIENTS)
+
+
+def test_a_core_of_another_version_is_a_state_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NORMSCOPE_BACKEND", raising=False)
+    monkeypatch.setattr(_core, "COLUMNS", _core.COLUMNS[1:])
+    with fresh_package() as fresh:
+        assert fresh.norms(GRADIENTS)["total_norm"] == 5.0
+        assert not fresh.backends()[0].available
+        assert "another version" in fresh.backends()[0].reason
