@@ -9,7 +9,7 @@ from torch import Tensor
 
 from normscope import ops
 from normscope.errors import NormscopeError, ObserverError, UnsupportedTensorError
-from normscope.metrics.values import Number, Values, joined, vector
+from normscope.metrics.values import Number, Values, joined, larger, vector
 from normscope.observer import GradientSource, GradientView, Observer, View
 from normscope.pending import Parts
 from normscope.record import LifecyclePoint
@@ -103,6 +103,6 @@ def _most(first: Values, second: Values, order: Sequence[str]) -> Values:
     """The larger of two counts of each parameter, in the model's order."""
     counts: dict[str, Number] = dict(zip(first.keys, first.values, strict=True))
     for name, count in zip(second.keys, second.values, strict=True):
-        counts[name] = max(counts[name], count) if name in counts else count
+        counts[name] = larger(counts[name], count) if name in counts else count
     names = [name for name in order if name in counts]
     return Values(names, joined([counts[name] for name in names]))

@@ -47,3 +47,10 @@ def divide(numerator: Number, denominator: Number) -> Number:
     if isinstance(numerator, Tensor) or isinstance(denominator, Tensor) or denominator != 0.0:
         return numerator / denominator
     return math.copysign(math.inf, numerator) if numerator and not math.isnan(numerator) else math.nan
+
+
+def larger(first: Number, second: Number) -> Number:
+    """The larger of two numbers, without asking a device which it is."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.maximum(first, second)
+    return max(first, second)
