@@ -2,8 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -122,11 +124,12 @@ int run_sparse_pass(const py::object& stored, const py::object& weight, const Sp
   return entry.energy_exponent;
 }
 
-std::vector<double> run_order_statistics(std::uintptr_t energies, std::size_t count, int exponent, double threshold,
-                                         bool threshold_of_mean, int energy_power, const std::vector<double>& fractions,
-                                         std::int64_t stride) {
-  std::vector<double> values(6 + fractions.size());
+// Writes the fields of OrderResult in order, then one count a fraction, to `values`.
+void run_order_statistics(std::uintptr_t energies, std::size_t count, int exponent, double threshold,
+                          bool threshold_of_mean, int energy_power, const std::vector<double>& fractions,
+                          std::int64_t stride, std::uintptr_t values) {
   const py::gil_scoped_release release;
+  double* out = reinterpret_cast<double*>(values);
   const OrderQuery query{reinterpret_cast<const double*>(energies),
                          count,
                          exponent,
@@ -136,14 +139,10 @@ std::vector<double> run_order_statistics(std::uintptr_t energies, std::size_t co
                          fractions.data(),
                          fractions.size(),
                          stride};
-  const OrderResult result = order_statistics(query, values.data() + 6);
-  values[0] = result.gini;
-  values[1] = result.fraction_below;
-  values[2] = result.group_variance;
-  values[3] = result.group_max;
-  values[4] = result.group_min;
-  values[5] = result.group_mean;
-  return values;
+  const OrderResult result = order_statistics(query, out + 6);
+  const double fields[] = {result.gini,      result.fraction_below, result.group_variance,
+                           result.group_max, result.group_min,      result.group_mean};
+  std::copy(std::begin(fields), std::end(fields), out);
 }
 
 std::vector<std::string> names_of_instruction_sets() {
@@ -173,7 +172,7 @@ PYBIND11_MODULE(_core, module) {
              py::arg("energies"), py::arg("sums"), py::arg("threads"));
   module.def("order_statistics", &run_order_statistics, py::arg("energies"), py::arg("count"), py::arg("exponent"),
              py::arg("threshold"), py::arg("threshold_of_mean"), py::arg("energy_power"), py::arg("fractions"),
-             py::arg("stride"));
+             py::arg("stride"), py::arg("values"));
   module.def("instruction_sets", &names_of_instruction_sets, "Instruction sets this processor can run, best first.");
   module.def("instruction_set", &instruction_set, "The instruction set in use.");
   module.def("use_instruction_set", &use_instruction_set, py::arg("name"),

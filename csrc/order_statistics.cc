@@ -30,32 +30,35 @@ bool insertion_sort(std::uint64_t* keys, std::size_t count, std::size_t budget) 
   return true;
 }
 
-// Stable counting sort by the 12 bits of the key from bit `shift` on.
-void radix_pass(const std::uint64_t* keys, std::uint64_t* sorted, std::size_t count, int shift) {
-  const auto digit = [shift](std::uint64_t key) { return (key >> shift) & kDigitMask; };
-  std::array<std::uint32_t, kDigitMask + 1> starts{};
-  for (std::size_t i = 0; i < count; ++i) ++starts[digit(keys[i])];
-  std::uint32_t position = 0;
-  for (std::uint32_t& start : starts) position += std::exchange(start, position);
-  for (std::size_t i = 0; i < count; ++i) sorted[starts[digit(keys[i])]++] = keys[i];
+// Stable counting sorts by the two digits of the key from bit `shift` on; `scratch` has the same size.
+void radix_sort(std::uint64_t* keys, std::uint64_t* scratch, std::size_t count, int shift) {
+  std::array<std::array<std::uint32_t, kDigitMask + 1>, 2> starts{};
+  const int shifts[2] = {shift, shift + kDigitBits};
+  for (std::size_t i = 0; i < count; ++i) {
+    ++starts[0][(keys[i] >> shifts[0]) & kDigitMask];
+    ++starts[1][(keys[i] >> shifts[1]) & kDigitMask];
+  }
+  for (std::size_t digit = 0; digit < 2; ++digit) {
+    auto& start = starts[digit];
+    std::uint32_t position = 0;
+    for (std::uint32_t& entry : start) position += std::exchange(entry, position);
+    for (std::size_t i = 0; i < count; ++i) {
+      const std::uint64_t key = keys[i];
+      scratch[start[(key >> shifts[digit]) & kDigitMask]++] = key;
+    }
+    std::swap(keys, scratch);
+  }
 }
 
-// Sorts ascending; `scratch` has the same size. Two passes over the leading bits in which the keys differ leave few
+// Sorts ascending; `scratch` has the same size. Two digits of the leading bits in which the keys differ leave few
 // neighbours to swap; where they do leave many, all bits go through.
 void sort_keys(std::uint64_t* keys, std::uint64_t* scratch, std::size_t count) {
   std::uint64_t differing = 0;
   for (std::size_t i = 1; i < count; ++i) differing |= keys[i] ^ keys[0];
   const int bits = static_cast<int>(std::bit_width(differing));
-  if (count > 256) {
-    const int shift = std::max(0, bits - 2 * kDigitBits);
-    radix_pass(keys, scratch, count, shift);
-    radix_pass(scratch, keys, count, shift + kDigitBits);
-  }
+  if (count > 256) radix_sort(keys, scratch, count, std::max(0, bits - 2 * kDigitBits));
   if (insertion_sort(keys, count, 8 * count)) return;
-  for (int shift = 0; shift < bits; shift += 2 * kDigitBits) {
-    radix_pass(keys, scratch, count, shift);
-    radix_pass(scratch, keys, count, shift + kDigitBits);
-  }
+  for (int shift = 0; shift < bits; shift += 2 * kDigitBits) radix_sort(keys, scratch, count, shift);
 }
 
 // high + low += x, where low collects what rounding takes from high (Knuth's two-sum).

@@ -147,7 +147,8 @@ def order_statistics(
     stride: int | None,
 ) -> OrderStatistics:
     """See :func:`normscope.ops.order_statistics`."""
-    values = _core.order_statistics(
+    values = torch.empty(6 + len(fractions), dtype=torch.float64, device="cpu")
+    _core.order_statistics(
         energies.values.data_ptr(),
         energies.values.numel(),
         energies.exponent,
@@ -156,5 +157,6 @@ def order_statistics(
         energy_power,
         list(fractions),
         stride or 0,
+        values.data_ptr(),
     )
-    return OrderStatistics(torch.tensor(values, dtype=torch.float64, device="cpu"))
+    return OrderStatistics(values)
