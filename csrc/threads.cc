@@ -60,7 +60,7 @@ using RunTeam = void (*)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_p
 
 std::atomic<bool> in_forked_child{false};
 
-#if defined(__linux__) && !defined(NORMSCOPE_STD_THREADS)
+#if defined(__linux__)
 RunTeam find_team() {
   void* torch = nullptr;
   dl_iterate_phdr(
