@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from normscope.metrics.values import Values
@@ -78,6 +79,13 @@ class View:
         self.parameters = parameters
 
     @property
+    def total_norm(self) -> Tensor:
+        """L2 norm of all gradients together, a float64 0-d tensor; NaN where the observer reads no gradients."""
+        if self.gradients is None:
+            return torch.tensor(torch.nan, dtype=torch.float64)
+        return self.gradients.stats.roots("sum_squares")[-1]
+
+    @property
     def gradient_norms(self) -> dict[str, Tensor]:
         """Parameter -> L2 norm of its gradient, float64 0-d tensors, where the observer reads gradients."""
         if self.gradients is None:
@@ -124,8 +132,7 @@ class Observer(Scheduled, ABC):
         ...     reads = ns.Reads(gradients="current")
         ...
         ...     def observe(self, view):
-        ...         norms = view.gradient_norms
-        ...         return {"share": max(norms.values()) / sum(norms.values())}
+        ...         return {"share": max(view.gradient_norms.values()) / view.total_norm}
     """
 
     name: ClassVar[str]
