@@ -150,6 +150,20 @@ def test_transformer_makes_a_record_every_epoch_and_at_the_end() -> None:
     assert {record.point for record in run.records} == {ns.LifecyclePoint.POST_EPOCH}
 
 
+@pytest.mark.parametrize("ordering", ["random", "stride"])
+def test_an_epoch_goes_through_the_pairs_in_its_order_in_equal_parts(ordering: str) -> None:
+    trainer = Trainer(replace(TRANSFORMER, ordering=ordering))
+    train_pairs, seen = trainer.split.train, list[torch.Tensor]()
+    trainer.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for epoch in (0, 1):
+        for _ in range(trainer.steps_per_epoch):
+            trainer.advance()
+        order = trainer.task.epoch_order(train_pairs, ordering, stride=2, seed=0, epoch=epoch)
+        assert [len(batch) for batch in seen] == [4, 4, 4, 4, 3]
+        assert torch.equal(torch.cat(seen), train_pairs.pairs[order])
+        seen.clear()
+
+
 def test_record_holds_the_definitions(tmp_path: Path) -> None:
     """The last record against the plain formulas on the last weights and gradients."""
     run = train(MLP)
