@@ -1,4 +1,4 @@
-"""How results are compared: in units of float64 rounding, so that NaN, a wrong dtype and a value off the bound all fail."""
+"""How results are compared: in units of float64 rounding; NaN, a wrong dtype and a value off the bound all fail."""
 
 from __future__ import annotations
 
