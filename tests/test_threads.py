@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
-import subprocess
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ import pytest
 import torch
 from child import in_child
 from comparing import bits
+from fresh import run_python
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -104,11 +104,7 @@ print(after_core - alone, after_torch - alone, threads() - alone)
 
 @on_linux
 def test_threads_are_as_many_as_pytorch_has_and_shared_with_it() -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(
-        [sys.executable, "-c", COUNT_THREADS], env=environment, capture_output=True, text=True, timeout=120, check=True
-    )
-    assert run.stdout.split() == ["2", "2", "3"]
+    assert run_python(COUNT_THREADS).split() == ["2", "2", "3"]
 
 
 @forks
