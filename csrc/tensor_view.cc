@@ -54,7 +54,7 @@ TensorView::TensorView(const void* address, DType element, std::size_t dimension
     : data(address), dtype(element), count(1) {
   for (std::size_t d = 0; d < dimensions; ++d) count *= static_cast<std::size_t>(extents[d]);
   if (dimensions > 0) rows = static_cast<std::size_t>(extents[0]);
-  contiguous = count == 0 || row_major(dimensions, extents, steps);
+  contiguous = count == 0 || steps == nullptr || row_major(dimensions, extents, steps);
   if (!contiguous) {
     shape.assign(extents, extents + dimensions);
     strides.assign(steps, steps + dimensions);

@@ -22,6 +22,7 @@ struct TensorView {
   std::vector<std::int64_t> strides;  // in elements; empty where contiguous
 
   TensorView() = default;
+  // `strides` may be null for a contiguous tensor.
   TensorView(const void* data, DType dtype, std::size_t dimensions, const std::int64_t* shape,
              const std::int64_t* strides);
 

@@ -85,7 +85,7 @@ def test_bits_do_not_depend_on_the_instruction_set(dtype: torch.dtype) -> None:
         assert _core.use_instruction_set(name)
         found += [
             bits(cpu.fused_pass([g], [weight_for(g)]).sums) + bits(cpu.row_energies(g).values)
-            for g in [torch.cat([case.make(dtype).reshape(-1) for case in CASES if "n" not in case.name[:3]])]
+            for g in [torch.cat([case.make(dtype).reshape(-1) for case in CASES if "nan" not in case.name and "inf" not in case.name])]
         ]
     _core.use_instruction_set(before)
     assert all(one == found[0] for one in found)
