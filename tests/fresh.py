@@ -45,7 +45,10 @@ def fresh_package(**replaced: ModuleType | None) -> Iterator[Any]:
     if core is not None:
         sys.modules["normscope._core"] = core  # a compiled module is loaded once a process
     for name, module in replaced.items():
-        sys.modules[name.replace("__", ".")] = module  # type: ignore[assignment]
+        package = name.replace("__", ".")
+        for part in [loaded for loaded in sys.modules if module is None and loaded.startswith(f"{package}.")]:
+            sys.modules[part] = None  # type: ignore[assignment]  # a part imported earlier would still be found
+        sys.modules[package] = module  # type: ignore[assignment]
     try:
         yield import_module("normscope")
     finally:
