@@ -168,6 +168,21 @@ def test_a_failing_epoch_does_not_reach_into_the_next() -> None:
     assert metrics(monitor.post_epoch(1))["total_norm"] == 3.0
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_the_gradients_themselves_are_not_summed_into(sparse: bool) -> None:
+    model = Model(sparse).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    watch(model, optimizer)
+    backward(model)
+    before = {name: p.grad.to_dense().clone() for name, p in model.named_parameters() if p.grad is not None}
+    for _ in range(3):
+        optimizer.step()  # with the gradients of the same backward
+    for name, gradient in before.items():
+        now = model.get_parameter(name).grad
+        assert now is not None
+        assert torch.equal(now.to_dense(), gradient)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_mean_is_taken_in_float64(dtype: torch.dtype) -> None:
     model, inputs = line(*[1.0] * 300, 0.5, dtype=dtype)  # a bfloat16 sum of ones stops at 256
@@ -236,6 +251,22 @@ def test_both_sources_beside_one_another() -> None:
     assert math.isnan(record["norms/total_norm"])
     assert record["norms/nonfinite"] == 1.0
     assert record.nonfinite_parameters == {"weight": 1}, "the mean is not finite although the last gradient is"
+
+
+def test_nonfinite_parameters_of_both_sources_come_in_the_models_order() -> None:
+    model = nn.ModuleDict({name: nn.Linear(1, 1, bias=False) for name in ("a", "b", "c")})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    current = Doing(lambda view: None, "current", ns.Reads(gradients="current"))
+    monitor = ns.Monitor(model, [current, ns.Norms(accumulate="epoch")], optimizer=optimizer)
+    for present in ("a", "cb"):
+        optimizer.zero_grad()
+        for name in present:
+            model[name](torch.tensor([[math.inf]])).sum().backward()
+        optimizer.step()
+    record = monitor.post_epoch(0)
+    assert record is not None
+    assert list(record.nonfinite_parameters) == ["a.weight", "b.weight", "c.weight"]
+    assert record.first_nonfinite == "a.weight", "though only the others have a gradient now"
 
 
 @pytest.mark.parametrize("keyword", [False, True])

@@ -32,12 +32,15 @@ def test_record_holds_what_the_functions_give() -> None:
 
 def test_options_reach_the_metrics() -> None:
     model = trained()
+    model.embedding.weight.grad = torch.arange(1.0, 121.0).reshape(20, 6)
     options: dict[str, Any] = {"stride": 4, "sparsity": ("mean", 0.3), "energy_power": 1, "ratio": "max/mean"}
     record = ns.Monitor(model, [ns.TokenGradient(**options)]).post_epoch(0)
     assert record is not None
     expected = ns.token_gradient(model, **options)
     assert dict(record) == {f"token_gradient/{key}": value for key, value in expected.items()}
-    assert expected != ns.token_gradient(model, stride=4)
+    default = ns.token_gradient(model, stride=4)
+    same = {key for key in default if expected[key] == default[key]}
+    assert same == {"gradient_gini", "stride_group_variance"}, "each option must show"
 
 
 def test_stride_from_the_run_context() -> None:
@@ -235,6 +238,10 @@ def test_values_are_those_of_the_moment() -> None:
     model.zero_grad(set_to_none=False)
     assert record is not None
     assert (record["loss"], record["first/first"], record["norms/total_norm"]) == (0.0, bias, expected)
+    alone = ns.Monitor(model).snapshot(0, {"loss": loss})
+    loss.add_(7)
+    assert alone is not None
+    assert alone["loss"] == 7.0
 
 
 @pytest.mark.parametrize("value", ["1.5", None, [1.0], torch.ones(2), torch.zeros(0), {}])
