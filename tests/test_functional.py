@@ -188,5 +188,10 @@ def test_a_scalar_is_not_a_table() -> None:
         ns.token_gradient(torch.tensor(1.0))
 
 
+def test_other_things_than_tensors() -> None:
+    with pytest.raises(TypeError, match=r"expected a gradient tensor or a torch\.nn\.Module, got list"):
+        ns.token_gradient([1.0, 2.0])  # type: ignore[arg-type]
+
+
 def test_an_empty_vocabulary_is_undefined() -> None:
     assert all(map(math.isnan, ns.token_gradient(torch.zeros(0, 4), stride=2).values()))

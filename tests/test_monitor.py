@@ -58,6 +58,14 @@ def test_an_observer_declares_the_loops_it_fits() -> None:
         ns.Monitor(nn.Linear(1, 1), loop="batch")  # type: ignore[arg-type]
 
 
+def test_classes_are_not_instances() -> None:
+    model = nn.Linear(1, 1)
+    with pytest.raises(TypeError, match=r"class .*Norms.* is not an instance of normscope\.Observer"):
+        ns.Monitor(model, [ns.Norms])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"Norms object .* is not an instance of normscope\.Intervention"):
+        ns.Monitor(model, interventions=[ns.Norms()])  # type: ignore[list-item]
+
+
 def test_names_are_unique() -> None:
     model = nn.Linear(1, 1)
     with pytest.raises(ValueError, match="two observers or interventions are called 'norms'"):

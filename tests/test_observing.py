@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -242,6 +244,17 @@ def test_values_are_those_of_the_moment() -> None:
     loss.add_(7)
     assert alone is not None
     assert alone["loss"] == 7.0
+
+
+def test_records_can_be_copied_and_pickled() -> None:
+    model = trained()
+    assert model.out.bias.grad is not None
+    model.out.bias.grad.fill_(math.nan)
+    record = ns.Monitor(model, [ns.Norms()]).post_epoch(3, {"loss": torch.tensor(0.5)})
+    assert record is not None
+    for other in (pickle.loads(pickle.dumps(record)), copy.deepcopy(record), copy.copy(record)):
+        assert (other.step, other.point, repr(dict(other))) == (3, Point.POST_EPOCH, repr(dict(record)))
+        assert other.nonfinite_parameters == {"out.bias": 1}
 
 
 @pytest.mark.parametrize("value", ["1.5", None, [1.0], torch.ones(2), torch.zeros(0), {}])

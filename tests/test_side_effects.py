@@ -258,6 +258,15 @@ def test_looking_hard_is_not_changing() -> None:
     assert len(record) == 2
 
 
+def test_a_model_made_for_inference_can_be_watched() -> None:
+    with torch.inference_mode():
+        model = Model()
+    reads = ns.Reads(weights=True)
+    record = ns.Monitor(model, [Doing(lambda view: view.weight_norms, reads=reads)]).snapshot(0)
+    assert record is not None
+    assert len(record) == len(list(model.parameters()))
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_grad_mode_is_off_inside_and_as_before_outside(enabled: bool) -> None:
     modes: list[bool] = []

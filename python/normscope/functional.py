@@ -77,6 +77,7 @@ def token_gradient(
 
     Raises:
         ValueError: an option is out of range, or ``grad`` is a scalar.
+        TypeError: ``grad`` is neither a tensor nor a module.
         AmbiguousEmbeddingError, NoGradientError: the module's token table is not clear, or has no gradient.
         UnsupportedTensorError: another dtype or layout.
 
@@ -92,6 +93,8 @@ def token_gradient(
         if name not in found.names:
             raise NoGradientError(f"{name} has no gradient")
         grad = found.tensors[found.names.index(name)]
+    if not isinstance(grad, Tensor):
+        raise TypeError(f"expected a gradient tensor or a torch.nn.Module, got {type(grad).__name__}")
     if grad.dim() == 0:
         raise ValueError("the gradient of an embedding has one row a token; got a scalar")
     with naming(["grad"]):

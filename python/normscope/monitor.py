@@ -47,6 +47,7 @@ class Monitor:
         optimizer: see :meth:`attach`.
 
     Raises:
+        TypeError: an observer or intervention is something else, such as the class instead of an instance.
         ValueError: an observer does not fit the loop, or two have one name.
 
     Example:
@@ -71,6 +72,10 @@ class Monitor:
     ) -> None:
         if loop not in ("epoch", "step"):
             raise ValueError(f"loop must be 'epoch' or 'step', got {loop!r}")
+        for kind, parts in ((Observer, observers), (Intervention, interventions)):
+            strangers = [part for part in parts if not isinstance(part, kind)]
+            if strangers:
+                raise TypeError(f"{strangers[0]!r} is not an instance of normscope.{kind.__name__}")
         watching: tuple[Observer | Intervention, ...] = (*observers, *interventions)
         names = [part.name for part in watching]
         for part in watching:

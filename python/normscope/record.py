@@ -90,5 +90,8 @@ class Record(Mapping[str, float]):
     def __len__(self) -> int:
         return len(self._host().values)
 
+    def __reduce__(self) -> tuple[type[Record], tuple[int, LifecyclePoint, dict[str, float], dict[str, int]]]:
+        return Record, (self.step, self.point, *self._host())  # copies and pickles hold values, not a way to get them
+
     def __repr__(self) -> str:
         return f"Record(step={self.step}, point={self.point.value!r}, {len(self)} values)"
