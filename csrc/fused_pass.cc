@@ -11,9 +11,10 @@
 namespace normscope {
 namespace {
 
-constexpr std::size_t kUnit = 8 * kChunk;         // elements of one unit of work
-constexpr std::size_t kJobElements = kUnit / 2;   // small units are handed to threads in groups of about this size
-constexpr std::size_t kSerialElements = 1 << 15;  // less work than this is not worth waking a thread
+constexpr std::size_t kUnit = 8 * kChunk;        // elements of one unit of work
+constexpr std::size_t kJobElements = kUnit / 2;  // small units are handed to threads in groups of about this size
+constexpr std::size_t kThreadElements = 1
+                                        << 17;  // some 15 us of work, what another thread must have to be worth waking
 constexpr int kSafeExponent = 450;  // magnitudes within 2^-450 .. 2^450 have squares and sums of squares in range
 
 constexpr std::array kOutOfRange = {kSumSquaresLarge, kSumSquaresSmall,    kDotLarge,
@@ -285,7 +286,9 @@ bool fused_pass(std::vector<PassEntry>& entries, double* sums, int threads) {
       unit_sums.write(partials[u].data());
     }
   };
-  parallel_for(jobs.size() - 1, total < kSerialElements ? 1 : threads, run_job);
+  const std::size_t worthwhile = std::max<std::size_t>(total / kThreadElements, 1);
+  parallel_for(jobs.size() - 1, static_cast<int>(std::min(worthwhile, static_cast<std::size_t>(std::max(threads, 1)))),
+               run_job);
 
   std::size_t next = 0;
   Sums whole;

@@ -56,8 +56,9 @@ void sort_keys(std::uint64_t* keys, std::uint64_t* scratch, std::size_t count) {
   std::uint64_t differing = 0;
   for (std::size_t i = 1; i < count; ++i) differing |= keys[i] ^ keys[0];
   const int bits = static_cast<int>(std::bit_width(differing));
-  if (count > 256) radix_sort(keys, scratch, count, std::max(0, bits - 2 * kDigitBits));
-  if (insertion_sort(keys, count, 8 * count)) return;
+  constexpr std::size_t kFew = 128;  // so few are sorted by insertion alone, whatever their order
+  if (count > kFew) radix_sort(keys, scratch, count, std::max(0, bits - 2 * kDigitBits));
+  if (insertion_sort(keys, count, std::max(8 * count, kFew * kFew))) return;
   for (int shift = 0; shift < bits; shift += 2 * kDigitBits) radix_sort(keys, scratch, count, shift);
 }
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-#: Lanes hold 16 elements, chunks 8,192, units of work 65,536; work below 32,768 elements runs on one thread.
-LENGTHS = (0, 1, 2, 15, 16, 17, 31, 255, 8191, 8192, 8193, 32767, 32769, 65535, 65536, 65537, 200_001)
+#: Lanes hold 16 elements, chunks 8,192, units of work 65,536; a second thread is used from 262,144 elements on.
+LENGTHS = (0, 1, 2, 15, 16, 17, 31, 255, 8191, 8192, 8193, 32767, 65535, 65536, 65537, 262_143, 300_001)
 
 
 class Case(NamedTuple):

@@ -62,7 +62,7 @@ def _run_sparse(gradient: Tensor, weight: Tensor | None, sums: Tensor) -> Energi
     energies = torch.zeros(len(rows.positions), dtype=torch.float64, device="cpu")
     exponent = _core.sparse_pass(
         _described(rows.values),
-        None if weight is None else _described(weight.contiguous()),
+        None if weight is None else _described(weight.detach().contiguous()),
         _core.SparseGradient(
             rows.order.data_ptr(),
             rows.offsets.data_ptr(),
@@ -83,7 +83,6 @@ def _run_sparse(gradient: Tensor, weight: Tensor | None, sums: Tensor) -> Energi
     return Energies(whole.index_add_(0, rows.tokens, energies), exponent)
 
 
-@torch.no_grad()
 def fused_pass(
     gradients: Sequence[Tensor], weights: Sequence[Tensor | None] | None = None, tables: Collection[int] = ()
 ) -> Stats:
@@ -128,7 +127,6 @@ def _run_one_by_one(
     return Stats(torch.cat([parts, merge(parts)[None]]), in_range=False, energies=energies)
 
 
-@torch.no_grad()
 def row_energies(gradient: Tensor) -> Energies:
     """See :func:`normscope.ops.row_energies`."""
     try:
