@@ -17,8 +17,8 @@ class MLP(nn.Module):
 
     logits = W_out GELU(W_hidden [E_a; E_b] + b_hidden) + b_out
 
-    Every matrix starts Gaussian with standard deviation 1/sqrt(fan_in), the biases at zero. The fan-in is the
-    number of columns, as PyTorch counts it, for the embedding too.
+    Every matrix starts Gaussian with standard deviation 1/sqrt(fan_in), the biases at zero. The embedding is a linear
+    map of one-hot tokens, so its fan-in is p.
 
     Args:
         p: number of tokens.
@@ -35,11 +35,10 @@ class MLP(nn.Module):
         self.embedding = nn.Embedding(p, embedding_width)
         self.hidden = nn.Linear(2 * embedding_width, hidden_width)
         self.output = nn.Linear(hidden_width, p)
-        for parameter in self.parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
-            else:
-                nn.init.zeros_(parameter)
+        nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(p))
+        for layer in (self.hidden, self.output):
+            nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
+            nn.init.zeros_(layer.bias)
 
     def forward(self, pairs: Tensor) -> Tensor:
         # W [E_a; E_b] = W_1 E_a + W_2 E_b: multiplying the p tokens and adding up per pair costs p products, not n.
