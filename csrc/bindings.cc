@@ -46,6 +46,12 @@ DType dtype_of(const dlpack::DataType& type) {
   throw Unsupported();
 }
 
+// A view of memory that exists: tensors that only wrap others, or fake ones, have none.
+TensorView existing(TensorView view) {
+  if (view.data == nullptr && view.count > 0) throw Unsupported();
+  return view;
+}
+
 // A tensor, or the tuple (address, dtype code, shape, strides) for it.
 TensorView view_of(const py::handle& object) {
   if (PyTuple_Check(object.ptr())) {
@@ -54,8 +60,8 @@ TensorView view_of(const py::handle& object) {
     if (dtype < 0 || dtype >= kDTypes || shape.size() != strides.size() || shape.size() > kMaxDimensions) {
       throw Unsupported();
     }
-    return {reinterpret_cast<const void*>(address), static_cast<DType>(dtype), shape.size(), shape.data(),
-            strides.data()};
+    return existing({reinterpret_cast<const void*>(address), static_cast<DType>(dtype), shape.size(), shape.data(),
+                     strides.data()});
   }
   dlpack::Tensor tensor{};
   if (tensor_from_object == nullptr || tensor_from_object(object.ptr(), &tensor) != 0) {
@@ -64,8 +70,8 @@ TensorView view_of(const py::handle& object) {
   }
   const bool on_host = tensor.device.type == dlpack::kCpu || tensor.device.type == dlpack::kCudaHost;
   if (!on_host || static_cast<std::size_t>(tensor.dimensions) > kMaxDimensions) throw Unsupported();
-  return {static_cast<const unsigned char*>(tensor.data) + tensor.byte_offset, dtype_of(tensor.dtype),
-          static_cast<std::size_t>(tensor.dimensions), tensor.shape, tensor.strides};
+  return existing({static_cast<const unsigned char*>(tensor.data) + tensor.byte_offset, dtype_of(tensor.dtype),
+                   static_cast<std::size_t>(tensor.dimensions), tensor.shape, tensor.strides});
 }
 
 using EnergyTarget = std::tuple<std::size_t, std::uintptr_t>;  // index into the list, address of float64[rows]

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from child import in_child
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import normscope as ns
 from normscope.errors import AmbiguousEmbeddingError, NoGradientError, UnsupportedTensorError
@@ -129,6 +131,17 @@ def test_a_gradient_that_cannot_be_read_is_named() -> None:
     with pytest.raises(UnsupportedTensorError, match="meta device"):
         ns.norms({"w": torch.ones(2, device="meta")})
     assert issubclass(UnsupportedTensorError, TypeError)
+
+
+def test_a_tensor_without_memory_is_named_not_read_at_address_zero() -> None:
+    def error() -> str:
+        with FakeTensorMode():  # what DTensor and other wrappers look like from outside too
+            gradients = {"fine": torch.ones(2), "w": torch.ones(3)}
+        with ns.backend("cpu"), pytest.raises(UnsupportedTensorError) as caught:
+            ns.norms(gradients)
+        return str(caught.value)
+
+    assert in_child(error) == "fine: FakeTensor is not plain CPU memory"
 
 
 def test_token_gradient_of_a_model_is_that_of_its_embedding() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from normscope import ops
 from normscope.metrics.values import Values, divide, joined, vector
 from normscope.stats import Energies
@@ -40,7 +42,7 @@ class TokenGradientOptions:
     ratio: Literal["max/min", "max/mean"] = "max/min"
 
     def __post_init__(self) -> None:
-        if self.stride is not None and (not isinstance(self.stride, int) or self.stride < 1):
+        if self.stride is not None and (not isinstance(self.stride, (int, np.integer)) or self.stride < 1):
             raise ValueError(f"stride must be a positive integer, got {self.stride!r}")
         if len(self.sparsity) != 2 or self.sparsity[0] not in ("max", "mean") or not self.sparsity[1] >= 0:
             raise ValueError(f"sparsity must be ('max' or 'mean', a factor >= 0), got {self.sparsity!r}")
