@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from normscope.errors import require
 from normscope.grokking.config import GrokConfig
+from normscope.grokking.run_folder import write_atomically
 from normscope.grokking.transitions import Transitions, find_transitions
 from normscope.record import Record
 
@@ -61,7 +62,8 @@ def plot_run(config: GrokConfig, records: Sequence[Record], path: str | os.PathL
         x=0.01,
         ha="left",
     )
-    figure.savefig(path, dpi=150, format=Path(path).suffix.lstrip(".") or "png")
+    kind = Path(path).suffix.lstrip(".") or "png"
+    write_atomically(Path(path), lambda file: figure.savefig(file, dpi=150, format=kind))
 
 
 def _prepare(axis: Axes) -> None:
