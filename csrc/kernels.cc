@@ -87,23 +87,9 @@ inline Lanes squares_of(const T* data, std::size_t count, Lanes squares) {
 template <class T>
 void row_energies(const void* rows, std::size_t n_rows, std::size_t row_length, double* energies) {
   const T* data = static_cast<const T*>(rows);
-  std::size_t row = 0;
-  for (; row + 2 <= n_rows; row += 2) {  // two at a time: the additions to one do not wait for those to the other
-    Lanes first = Lanes::zeros(), second = Lanes::zeros();
-    for_groups(
-        row_length,
-        [&](const T* a, const T* b) {
-          for (std::size_t i = 0; i < kRegisters; ++i) {
-            const Register x = load(a + i * kWidth), y = load(b + i * kWidth);
-            first.part[i] = multiply_add<T>(x, x, first.part[i]);
-            second.part[i] = multiply_add<T>(y, y, second.part[i]);
-          }
-        },
-        data + row * row_length, data + (row + 1) * row_length);
-    energies[row] = first.fold();
-    energies[row + 1] = second.fold();
+  for (std::size_t row = 0; row < n_rows; ++row) {
+    energies[row] = squares_of(data + row * row_length, row_length, Lanes::zeros()).fold();
   }
-  if (row < n_rows) energies[row] = squares_of(data + row * row_length, row_length, Lanes::zeros()).fold();
 }
 
 template <class T>

@@ -9,6 +9,7 @@
 #include <limits>
 #include <memory>
 #include <utility>
+#include <vector>
 
 namespace normscope {
 namespace {
@@ -166,6 +167,20 @@ void group_statistics(const OrderQuery& query, OrderResult& result) {
   result.group_mean = mean;
 }
 
+// Three arrays as long as the longest seen, kept by each thread that calls: fresh memory would cost as much as the
+// sort.
+struct Room {
+  std::vector<std::uint64_t> keys;
+  std::vector<double> energies, norms;
+
+  void fit(std::size_t count) {
+    if (keys.size() >= count) return;
+    keys.resize(count);
+    energies.resize(count);
+    norms.resize(count);
+  }
+};
+
 }  // namespace
 
 OrderResult order_statistics(const OrderQuery& query, double* counts) {
@@ -175,7 +190,11 @@ OrderResult order_statistics(const OrderQuery& query, double* counts) {
 
   // Energies are not negative: their bits order as they do, NaN above all. Tokens of no energy are left out, so that
   // they do not stretch the range of bits to sort.
-  const auto keys = std::make_unique_for_overwrite<std::uint64_t[]>(count);
+  thread_local Room room;
+  room.fit(count);
+  std::uint64_t* const keys = room.keys.data();
+  double* const energies = room.energies.data();
+  double* const norms = room.norms.data();
   std::uint64_t largest = 0;
   std::size_t positive = 0;
   for (std::size_t i = 0; i < count; ++i) {
@@ -189,21 +208,19 @@ OrderResult order_statistics(const OrderQuery& query, double* counts) {
     if (query.stride > 0) result.group_variance = 0.0;
     return result;
   }
-  const auto energies = std::make_unique_for_overwrite<double[]>(count);
-  const auto norms = std::make_unique_for_overwrite<double[]>(count);
   // The norms' place serves as scratch until they are made.
-  sort_keys(keys.get(), reinterpret_cast<std::uint64_t*>(norms.get()), positive);
+  sort_keys(keys, reinterpret_cast<std::uint64_t*>(norms), positive);
   const std::size_t zeros = count - positive;
-  std::fill(energies.get(), energies.get() + zeros, 0.0);
+  std::fill(energies, energies + zeros, 0.0);
   for (std::size_t i = 0; i < positive; ++i) energies[zeros + i] = std::bit_cast<double>(keys[i]);
   for (std::size_t i = 0; i < count; ++i) norms[i] = std::sqrt(energies[i]);
 
   const double sum = sum_of(count, [&](std::size_t i) { return norms[i]; });
-  result.gini = gini(norms.get(), count, sum);
+  result.gini = gini(norms, count, sum);
   const double reference = query.threshold_of_mean ? sum / static_cast<double>(count) : norms[count - 1];
-  const double* under = std::lower_bound(norms.get(), norms.get() + count, query.threshold * reference);
-  result.fraction_below = static_cast<double>(under - norms.get()) / static_cast<double>(count);
-  least_counts(query.energy_power == 1 ? norms.get() : energies.get(), query, counts);
+  const double* under = std::lower_bound(norms, norms + count, query.threshold * reference);
+  result.fraction_below = static_cast<double>(under - norms) / static_cast<double>(count);
+  least_counts(query.energy_power == 1 ? norms : energies, query, counts);
   if (query.stride > 0) group_statistics(query, result);
   return result;
 }
