@@ -26,7 +26,7 @@ class Compare(Protocol):
         target: float,
         figure: Literal["time ratio", "speed-up"] = "time ratio",
         times: int = 1,
-        rounds: int = 41,
+        rounds: int = 101,
     ) -> Timing: ...
 
 
@@ -43,7 +43,7 @@ def compare(benchmark: Any) -> Compare:
         target: float,
         figure: Literal["time ratio", "speed-up"] = "time ratio",
         times: int = 1,
-        rounds: int = 41,
+        rounds: int = 101,
     ) -> Timing:
         timing = alternate(ours, theirs, rounds=rounds)
         quartiles = [value / times for value in timing.ratio]

@@ -33,9 +33,13 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def alternate(
-    ours: Callable[[], object], theirs: Callable[[], object], *, rounds: int = 41, seconds: float = 0.01
+    ours: Callable[[], object], theirs: Callable[[], object], *, rounds: int = 101, seconds: float = 0.0005
 ) -> Timing:
-    """Time ``ours`` and ``theirs`` in turn, each for about ``seconds`` a round, the order changing every round."""
+    """Time ``ours`` and ``theirs`` in turn, the order changing every round.
+
+    A turn is one call, or as many as take about ``seconds``: short turns leave neither side alone with the caches, as
+    it is between the backward passes of a training loop.
+    """
     calls = _calls_for(ours, seconds), _calls_for(theirs, seconds)
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(rounds):

@@ -7,7 +7,6 @@ python -m bench.results build/bench.json --commit    make it the committed run, 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import platform
 import sys
@@ -31,6 +30,7 @@ def machine() -> dict[str, str]:
     """The machine and the versions that the figures belong to."""
     import torch
 
+    import normscope
     from normscope import ops
 
     model = next(
@@ -42,7 +42,7 @@ def machine() -> dict[str, str]:
         "processor": model,
         "threads": str(torch.get_num_threads()),
         "core": backends["cpu"],
-        "normscope": importlib.metadata.version("normscope"),
+        "normscope": normscope.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -1,7 +1,9 @@
 """normscope: exact gradient norms, token-gradient statistics and spectra of a PyTorch model while it trains."""
 
+from importlib import import_module as _import_module
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
+from types import ModuleType as _ModuleType
 
 from normscope import sinks
 from normscope.errors import NormscopeError
@@ -18,6 +20,14 @@ try:
     __version__ = _version("normscope")
 except _PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> _ModuleType:
+    """``ns.grokking``, imported when it is first asked for."""
+    if name == "grokking":
+        return _import_module("normscope.grokking")
+    raise AttributeError(f"module 'normscope' has no attribute {name!r}")
+
 
 __all__ = [
     "BackendInfo",
