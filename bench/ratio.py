@@ -32,6 +32,12 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+def time_calls(run: Callable[[], object], *, rounds: int = 41, seconds: float = 0.01) -> tuple[float, float, float]:
+    """Quartiles, over rounds of about ``seconds``, of the seconds one call of many in a row takes."""
+    calls = _calls_for(run, seconds)
+    return _quartiles([_seconds(run, calls) for _ in range(rounds)])
+
+
 def alternate(
     ours: Callable[[], object], theirs: Callable[[], object], *, rounds: int = 101, seconds: float = 0.0005
 ) -> Timing:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import normscope as ns
 from bench.conftest import Compare, Report
-from bench.ratio import alternate
+from bench.ratio import time_calls
 from normscope import ops
 
 
@@ -105,12 +105,11 @@ def test_against_foreach_norm(compare: Compare, transformer_gradients: list[Tens
 
 def test_many_small_tensors(report: Report) -> None:
     gradients = {f"layer{i}.weight": torch.randn(1000) for i in range(1000)}
-    timing = alternate(lambda: ns.norms(gradients), lambda: None)
     report(
         what="ns.norms of 1,000 tensors of 1,000 elements, Python included",
         figure="ms a call",
         target=0.5,
-        quartiles=timing.ours,
+        quartiles=time_calls(lambda: ns.norms(gradients)),
         unit=1e3,
     )
 
@@ -119,11 +118,10 @@ def test_small_model(report: Report) -> None:
     model = nn.Sequential(*(nn.Linear(182, 182) for _ in range(6)))
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    timing = alternate(lambda: ns.norms(model), lambda: None)
     report(
         what="ns.norms of a model with 200 k parameters in 12 tensors",
         figure="us a call",
         target=60,
-        quartiles=timing.ours,
+        quartiles=time_calls(lambda: ns.norms(model)),
         unit=1e6,
     )
