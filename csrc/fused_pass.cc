@@ -144,6 +144,7 @@ class EntryPass {
                               entry.gradient.same_layout(entry.weight)) {}
 
   std::size_t count() const { return gradient_.count(); }
+  std::size_t rows() const { return rows_; }
 
   void chunk(std::size_t start, std::size_t count, Sums& sums, Buffers& buffers) const {
     if (entry_.wants_sums) add_sums(start, count, sums, buffers);
@@ -258,8 +259,7 @@ bool fused_pass(std::vector<PassEntry>& entries, double* sums, int threads) {
   for (PassEntry& entry : entries) {
     passes.emplace_back(entry);
     if (entry.energies != nullptr) {
-      const std::size_t rows = entry.segments.offsets != nullptr ? entry.segments.count : entry.gradient.rows;
-      std::fill(entry.energies, entry.energies + rows, 0.0);  // rows of no elements keep it
+      std::fill(entry.energies, entry.energies + passes.back().rows(), 0.0);  // rows of no elements keep it
     }
     const std::size_t count = passes.back().count();
     total += count;

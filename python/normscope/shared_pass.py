@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from normscope import ops
-from normscope.errors import NormscopeError, ObserverError, UnsupportedTensorError
+from normscope.errors import NormscopeError, ObserverError
+from normscope.functional import naming
 from normscope.metrics.values import Number, Values, joined, larger, vector
 from normscope.observer import GradientSource, GradientView, Observer, View
 from normscope.pending import Parts
@@ -83,10 +84,8 @@ def _tables(readers: Sequence[tuple[Observer, View]], gradients: TensorList) -> 
 
 
 def _named_pass(tensors: TensorList, weights: Sequence[Tensor | None] | None, tables: Sequence[int]) -> Stats:
-    try:
+    with naming(tensors.names):
         return ops.fused_pass(tensors.tensors, weights, tables)
-    except UnsupportedTensorError as error:
-        raise UnsupportedTensorError(error.index, error.reason, tensors.names[error.index]) from None
 
 
 def _complete(known: Mapping[str, Tensor], parameters: TensorList) -> dict[str, Tensor]:
