@@ -1,6 +1,6 @@
 """The operations and their contracts; each runs on the backend that fits its tensors or that was chosen.
 
-A backend is a module with these three functions. ``reference`` is the specification: plain PyTorch in float64.
+A backend is a module with these functions. ``reference`` is the specification: plain PyTorch in float64.
 """
 
 from __future__ import annotations
@@ -10,10 +10,19 @@ from collections.abc import Collection, Sequence
 from torch import Tensor
 
 from normscope.ops import backends
-from normscope.ops.contract import OrderStatistics
+from normscope.ops.contract import OrderStatistics, Spectrum
 from normscope.stats import Energies, Stats
 
-__all__ = ["OrderStatistics", "backends", "fused_pass", "order_statistics", "row_energies"]
+__all__ = [
+    "OrderStatistics",
+    "Spectrum",
+    "backends",
+    "fused_pass",
+    "gram_products",
+    "order_statistics",
+    "row_energies",
+    "singular_values",
+]
 
 
 def fused_pass(
@@ -78,3 +87,34 @@ def order_statistics(
         energy_power=energy_power,
         stride=stride,
     )
+
+
+def singular_values(matrices: Sequence[Tensor]) -> list[Spectrum]:
+    """All singular values of each matrix, as defined in float64 on the entries as stored.
+
+    Args:
+        matrices: float16, bfloat16, float32 or float64, at least two dimensions, any strides and sizes; one with more
+            than two is first dimension x product of the rest.
+
+    Returns:
+        One spectrum a matrix, whatever else is in the list. A NaN or inf makes that matrix's values NaN.
+
+    Raises:
+        UnsupportedTensorError: a dtype, layout or device that no chosen backend reads.
+        ValueError: fewer than two dimensions.
+    """
+    return backends.of(matrices).singular_values(matrices)
+
+
+def gram_products(matrices: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[Tensor]:
+    """The Gram matrix of each matrix's smaller side times a block of vectors, without forming it: one read of each.
+
+    Args:
+        matrices: as for :func:`singular_values`; A is rows x columns, or its transpose where it has more columns than
+            rows, so that it is n columns wide, n = min(rows, columns).
+        blocks: for each, float64 ``[n, k]`` on its device.
+
+    Returns:
+        For each, A^T (A X), float64 ``[n, k]``, formed in float64 and not protected against overflow.
+    """
+    return backends.of(matrices).gram_products(matrices, blocks)

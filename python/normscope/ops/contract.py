@@ -60,6 +60,22 @@ class OrderStatistics(NamedTuple):
         return self.values[6:]
 
 
+class Spectrum(NamedTuple):
+    """Singular values of one matrix.
+
+    Attributes:
+        values: float64 ``[min(rows, columns)]``, descending, on the device of the matrix; all NaN where the matrix holds
+            a NaN or inf, or where every method failed.
+        method: ``"gram"`` (eigenvalues of the Gram matrix), ``"refined"`` (the same, with the small singular values
+            computed from the matrix itself), ``"svd"``, ``"nonfinite"`` or ``"failed"``.
+        fallback: whether another method was tried before and failed.
+    """
+
+    values: Tensor
+    method: str
+    fallback: bool = False
+
+
 class Backend(Protocol):
     """The functions a backend module offers; :mod:`normscope.ops` documents them."""
 
@@ -80,6 +96,10 @@ class Backend(Protocol):
         stride: int | None,
     ) -> OrderStatistics: ...
 
+    def singular_values(self, matrices: Sequence[Tensor]) -> list[Spectrum]: ...
+
+    def gram_products(self, matrices: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[Tensor]: ...
+
 
 def rows_of(tensor: Tensor) -> int:
     """Number of tokens of a token table: its first extent, 1 for a 0-d tensor."""
@@ -94,6 +114,22 @@ def check_readable(index: int, tensor: Tensor) -> None:
         raise UnsupportedTensorError(index, f"layout {tensor.layout} is not dense or sparse COO")
     if tensor.device.type == "meta":
         raise UnsupportedTensorError(index, "a tensor on the meta device holds no data")
+
+
+def as_matrix(index: int, tensor: Tensor) -> Tensor:
+    """The tensor as a matrix, first dimension x product of the rest, detached; a view where its strides allow.
+
+    Raises:
+        UnsupportedTensorError: a dtype or layout that no backend reads.
+        ValueError: fewer than two dimensions.
+    """
+    check_readable(index, tensor)
+    if tensor.layout is not torch.strided:
+        raise UnsupportedTensorError(index, "the spectrum of a sparse matrix is that of its to_dense()")
+    if tensor.dim() < 2:
+        raise ValueError(f"matrix {index} has {tensor.dim()} dimensions; singular values need at least 2")
+    tensor = tensor.detach()
+    return tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
 
 
 def check_weights(gradients: Sequence[Tensor], weights: Sequence[Tensor | None] | None) -> None:

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from normscope import _core
 from normscope.errors import UnsupportedTensorError
-from normscope.ops.contract import DTYPES, OrderStatistics, check_readable, check_weights, rows_of, sparse_rows
+from normscope.ops import reference
+from normscope.ops.contract import (
+    DTYPES,
+    OrderStatistics,
+    Spectrum,
+    check_readable,
+    check_weights,
+    rows_of,
+    sparse_rows,
+)
 from normscope.stats import COLUMN_INDEX, COLUMNS, Energies, Stats, merge
 
 if [column.name for column in COLUMNS] != _core.COLUMNS:
@@ -158,3 +167,13 @@ def order_statistics(
         values.data_ptr(),
     )
     return OrderStatistics(values)
+
+
+def singular_values(matrices: Sequence[Tensor]) -> list[Spectrum]:
+    """See :func:`normscope.ops.singular_values`."""
+    return reference.singular_values(matrices)
+
+
+def gram_products(matrices: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[Tensor]:
+    """See :func:`normscope.ops.gram_products`."""
+    return reference.gram_products(matrices, blocks)

@@ -12,6 +12,8 @@ from normscope.ops.contract import (
     SAFE_EXPONENTS,
     TIE_SLACK,
     OrderStatistics,
+    Spectrum,
+    as_matrix,
     check_readable,
     check_weights,
     rows_of,
@@ -164,3 +166,32 @@ def order_statistics(
         result[2] = _scaled((means - means.mean()).square().mean(), -2 * energies.exponent)
         result[3], result[4], result[5] = means.max(), means.min(), means.mean()
     return OrderStatistics(result)
+
+
+@torch.no_grad()
+def singular_values(matrices: Sequence[Tensor]) -> list[Spectrum]:
+    """See :func:`normscope.ops.singular_values`: a float64 SVD of each matrix."""
+    return [_spectrum(as_matrix(index, matrix).to(torch.float64)) for index, matrix in enumerate(matrices)]
+
+
+def _spectrum(matrix: Tensor) -> Spectrum:
+    undefined = matrix.new_full((min(matrix.shape),), math.nan)
+    if not bool(matrix.isfinite().all()):
+        return Spectrum(undefined, "nonfinite")
+    exponent = _exponent(_largest(matrix))
+    try:
+        values = torch.linalg.svdvals(_scaled(matrix, exponent))
+    except torch.linalg.LinAlgError:
+        return Spectrum(undefined, "failed", fallback=True)
+    return Spectrum(_scaled(values, -exponent), "svd")
+
+
+@torch.no_grad()
+def gram_products(matrices: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[Tensor]:
+    """See :func:`normscope.ops.gram_products`."""
+    products = []
+    for index, (matrix, block) in enumerate(zip(matrices, blocks, strict=True)):
+        tall = as_matrix(index, matrix).to(torch.float64)
+        tall = tall if tall.shape[0] >= tall.shape[1] else tall.T
+        products.append(tall.T @ (tall @ block))
+    return products
