@@ -64,7 +64,7 @@ class Spectrum(NamedTuple):
     """Singular values of one matrix.
 
     Attributes:
-        values: float64 ``[min(rows, columns)]``, descending, on the device of the matrix; all NaN where the matrix holds
+        values: float64 ``[min(rows, columns)]``, descending, on its device; all NaN where the matrix holds
             a NaN or inf, or where every method failed.
         method: ``"gram"`` (eigenvalues of the Gram matrix), ``"refined"`` (the same, with the small singular values
             computed from the matrix itself), ``"svd"``, ``"nonfinite"`` or ``"failed"``.
