@@ -1,0 +1,1 @@
+"""Estimates, with intervals, of the spectrum of matrices too large for the exact path."""

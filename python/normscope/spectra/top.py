@@ -1,0 +1,1 @@
+"""The largest singular value, warm-started from the call before and certified."""
