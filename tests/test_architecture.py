@@ -27,7 +27,9 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("stats",),
     ("tensors",),
     ("ops",),
+    ("spectra",),
     ("metrics",),
+    ("reading",),
     ("observer", "pending", "accumulate", "unchanged", "functional"),
     ("observers", "shared_pass"),
     ("monitor",),
@@ -40,14 +42,19 @@ SINKS_MAY_IMPORT = {"record", "errors", "sinks"}
 #: Rooms that are users of the rest, and so may import sinks and the public names.
 WRITERS = {"grokking", "cli", "integrations"}
 
-OPTIONAL = ("rich", "typer", "matplotlib", "tensorboard", "torch.utils.tensorboard")
+OPTIONAL = ("rich", "typer", "matplotlib", "tensorboard", "torch.utils.tensorboard", "scipy")
 #: The public names that a reader of the design expects, as far as they exist in this version.
 PUBLIC = (
     "Monitor",
     "Norms",
     "TokenGradient",
+    "WeightTracking",
     "norms",
     "token_gradient",
+    "weight_tracking",
+    "singular_values",
+    "top_singular_value",
+    "estimate_spectrum",
     "backends",
     "backend",
     "read_records",
@@ -147,7 +154,9 @@ def test_the_check_itself_sees_imports(tmp_path: Path) -> None:
 def test_optional_packages_are_imported_when_used(module: str) -> None:
     at_import = imported(MODULES[module], everywhere=False)
     heavy = {
-        name for name in at_import if name.split(".")[0] in ("rich", "typer", "matplotlib", "tensorboard", "click")
+        name
+        for name in at_import
+        if name.split(".")[0] in ("rich", "typer", "matplotlib", "tensorboard", "scipy", "click")
     }
     assert not heavy or room(module) == "cli", f"{module} imports {heavy} when it is imported"
 

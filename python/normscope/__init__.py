@@ -7,14 +7,17 @@ from types import ModuleType as _ModuleType
 
 from normscope import sinks
 from normscope.errors import NormscopeError
-from normscope.functional import norms, token_gradient
+from normscope.functional import norms, singular_values, token_gradient, weight_tracking
 from normscope.metrics.token_gradient import TokenGradientOptions
+from normscope.metrics.weight_tracking import WeightTrackingOptions
 from normscope.monitor import Monitor
 from normscope.observer import Intervention, Observer, Reads, View
-from normscope.observers import Norms, TokenGradient
+from normscope.observers import Norms, TokenGradient, WeightTracking
 from normscope.ops.backends import BackendInfo, backend, backends
 from normscope.record import LifecyclePoint, Record
 from normscope.sinks import read_records
+from normscope.spectra.estimate import SpectrumEstimate, estimate_spectrum
+from normscope.spectra.top import TopSingularValues, TopState, top_singular_value
 
 try:
     __version__ = _version("normscope")
@@ -39,13 +42,22 @@ __all__ = [
     "Observer",
     "Reads",
     "Record",
+    "SpectrumEstimate",
     "TokenGradient",
     "TokenGradientOptions",
+    "TopSingularValues",
+    "TopState",
     "View",
+    "WeightTracking",
+    "WeightTrackingOptions",
     "backend",
     "backends",
+    "estimate_spectrum",
     "norms",
     "read_records",
+    "singular_values",
     "sinks",
     "token_gradient",
+    "top_singular_value",
+    "weight_tracking",
 ]

@@ -1,29 +1,24 @@
-"""The metrics once, for gradients at hand: ``ns.norms`` and ``ns.token_gradient``."""
+"""The metrics once, for what is at hand: ``ns.norms``, ``ns.token_gradient``, ``ns.weight_tracking``, and spectra."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from torch import Tensor, nn
 
 from normscope import ops, tensors
-from normscope.errors import NoGradientError, UnsupportedTensorError
+from normscope.errors import NoGradientError
 from normscope.metrics.norms import norms as norm_values
 from normscope.metrics.token_gradient import TokenGradientOptions
 from normscope.metrics.token_gradient import token_gradient as token_gradient_values
+from normscope.metrics.values import vector
+from normscope.metrics.weight_tracking import Column, EffectiveRank, Spectral, WeightTrackingOptions, exact_spectra
+from normscope.metrics.weight_tracking import weight_tracking as weight_tracking_values
+from normscope.reading import complete, named_pass, naming, weights_beside
+from normscope.tensors import Patterns, TensorList
 
-__all__ = ["naming", "norms", "token_gradient"]
-
-
-@contextmanager
-def naming(names: Sequence[str]) -> Iterator[None]:
-    """Let an error about the i-th tensor say its name."""
-    try:
-        yield
-    except UnsupportedTensorError as error:
-        raise UnsupportedTensorError(error.index, error.reason, names[error.index]) from None
+__all__ = ["norms", "singular_values", "token_gradient", "weight_tracking"]
 
 
 def norms(source: nn.Module | Mapping[str, Tensor | None]) -> dict[str, float]:
@@ -47,9 +42,8 @@ def norms(source: nn.Module | Mapping[str, Tensor | None]) -> dict[str, float]:
         >>> ns.norms({"a": torch.tensor([3.0]), "b": torch.tensor([0.0, 4.0])})["total_norm"]
         5.0
     """
-    names, gradients = tensors.gradients(source)
-    with naming(names):
-        return norm_values(ops.fused_pass(gradients), names).to_dict()
+    found = tensors.gradients(source)
+    return norm_values(named_pass(found), found.names).to_dict()
 
 
 def token_gradient(
@@ -99,3 +93,102 @@ def token_gradient(
         raise ValueError("the gradient of an embedding has one row a token; got a scalar")
     with naming(["grad"]):
         return token_gradient_values(ops.row_energies(grad), options).to_dict()
+
+
+def weight_tracking(
+    source: nn.Module | Mapping[str, Tensor],
+    grads: Mapping[str, Tensor | None] | None = None,
+    *,
+    effective_rank: EffectiveRank = "entropy",
+    total: Literal["sum", "l2"] = "sum",
+    include: Patterns = None,
+    exclude: Patterns = None,
+    spectrum: Literal["exact", "off"] = "exact",
+    estimate_above: int | None = None,
+) -> dict[str, float]:
+    """Norms and spectra of weights, and how they are aligned with their gradients; exact as defined in float64.
+
+    Args:
+        source: a module (its parameters), or a mapping name -> weight. Weights are float16, bfloat16, float32 or
+            float64, of any shape and strides; tied ones count once.
+        grads: name -> gradient; by default the ``.grad`` of a module's parameters, and none for a mapping.
+        effective_rank, total, estimate_above: published variants and estimates, see
+            :class:`normscope.WeightTrackingOptions`.
+        include, exclude: shell-style patterns of clean names, one or several; other parameters are not read.
+        spectrum: ``"off"`` leaves ``top_sv`` and ``effective_rank`` out.
+
+    Returns:
+        ``weight_norm/{name}`` (Frobenius); of parameters with two dimensions or more ``top_sv/{name}`` (largest
+        singular value) and ``effective_rank/{name}`` (in [1, min(rows, columns)]), the matrix being first dimension x
+        product of the rest; of parameters with a gradient ``grad_weight_align/{name}`` (cosine, in [-1, 1]). Over the
+        values that are not NaN: ``total_weight_norm``, ``mean_weight_norm``, ``mean_top_sv``, ``max_top_sv``,
+        ``mean_effective_rank``, ``mean_grad_weight_align``. NaN where undefined: the effective rank of a zero matrix, a
+        cosine with a zero vector, the spectrum of a matrix that holds a NaN or inf or has an empty side, a summary of
+        nothing.
+
+    Raises:
+        ValueError: an option is out of range, a pattern matches no parameter, or a gradient fits no weight.
+        TypeError: ``source`` is neither a module nor a mapping of tensors.
+        UnsupportedTensorError: a tensor has another dtype or layout; the message names it.
+
+    Example:
+        >>> import torch, normscope as ns
+        >>> weights = {"w": torch.tensor([[3.0, 0.0], [0.0, 4.0]])}
+        >>> found = ns.weight_tracking(weights, {"w": torch.tensor([[6.0, 0.0], [0.0, 8.0]])})
+        >>> found["weight_norm/w"], found["top_sv/w"], found["grad_weight_align/w"]
+        (5.0, 4.0, 1.0)
+    """
+    options = WeightTrackingOptions(effective_rank, total, estimate_above)
+    if spectrum not in ("exact", "off"):
+        raise ValueError(f"spectrum must be 'exact' or 'off', got {spectrum!r}")
+    found, gradients = tensors.weights_and_gradients(source, grads)
+    chosen = tensors.select(
+        tuple(found.names), tensors.patterns_of(include, "include"), tensors.patterns_of(exclude, "exclude")
+    )
+    weights = dict(zip(*found, strict=True))
+    pairs = {name: grad for name, grad in zip(found.names, gradients, strict=True) if grad is not None}
+    with_gradient = [name for name in chosen if name in pairs]
+    stats = named_pass(
+        TensorList(with_gradient, [pairs[name] for name in with_gradient]), [weights[name] for name in with_gradient]
+    )
+    norms = vector(complete([weights_beside(with_gradient, stats)], chosen, weights).norms)
+    matrices = [name for name in chosen if weights[name].dim() >= 2]
+    spectra: dict[str, Spectral] = {}
+    if spectrum == "exact":
+        spectra = dict(zip(matrices, exact_spectra([weights[name] for name in matrices], options), strict=True))
+    return weight_tracking_values(
+        Column(chosen, norms),
+        Column(with_gradient, vector(stats.cosines()[:-1])),
+        spectra,
+        options,
+        asked=() if spectrum == "off" else ("top_sv", "effective_rank"),
+    ).to_dict()
+
+
+def singular_values(matrices: Iterable[Tensor]) -> list[Tensor]:
+    """All singular values of each matrix, as defined in float64 on the entries as stored.
+
+    Every singular value is within 1e-10 of the largest one, the largest within 1e-12 of itself.
+
+    Args:
+        matrices: float16, bfloat16, float32 or float64, any sizes and strides, with at least two dimensions; more than
+            two are first dimension x product of the rest. A tensor of three dimensions is a batch of matrices.
+
+    Returns:
+        For each a float64 vector of min(rows, columns) values, descending, on its device. All NaN where the matrix
+        holds a NaN or inf, whatever the others hold.
+
+    Raises:
+        TypeError: one matrix was given instead of a list.
+        ValueError: an element has fewer than two dimensions.
+        UnsupportedTensorError: a tensor has another dtype or layout.
+
+    Example:
+        >>> import torch, normscope as ns
+        >>> small, tall = ns.singular_values([torch.diag(torch.tensor([3.0, -4.0])), torch.ones(4, 1)])
+        >>> small.tolist(), tall.tolist()
+        ([4.0, 3.0], [2.0])
+    """
+    if isinstance(matrices, Tensor) and matrices.dim() < 3:
+        raise TypeError("expected a list of matrices; for one matrix pass [matrix]")
+    return [spectrum.values for spectrum in ops.singular_values(list(matrices))]

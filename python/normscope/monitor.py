@@ -13,7 +13,7 @@ from normscope import tensors
 from normscope.accumulate import GradientMean
 from normscope.errors import NoGradientError, SinkError
 from normscope.observer import GradientSource, Intervention, LoopKind, Observer, View
-from normscope.observers import __name__ as observers_module
+from normscope.observers import SHIPPED
 from normscope.pending import Parts, make_record
 from normscope.record import LifecyclePoint, Record
 from normscope.shared_pass import naming_errors, read_shared
@@ -204,7 +204,7 @@ class Monitor:
         views = [self._view(point, step, parameters) for _ in observers]
         read_shared(observers, views, parameters, self._gradients, parts)
         for observer, view in zip(observers, views, strict=True):
-            trusted = type(observer).__module__ == observers_module
+            trusted = type(observer) in SHIPPED
             before = None if trusted else state_of(self.model, parameters)
             with naming_errors("observer", observer.name, point, step):
                 parts.add(f"{observer.name}/", observer.observe(view))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normscope.metrics.values import Values
+from normscope.reading import WeightView
 from normscope.record import LifecyclePoint
 from normscope.stats import Energies, Stats
 
@@ -29,7 +30,7 @@ class Reads(NamedTuple):
     Attributes:
         gradients: ``"current"`` for the gradients on the model, ``"epoch_mean"`` for the mean over the epoch's
             optimizer steps, None for none.
-        weights: whether weight norms (and, with gradients, their dot products) are needed.
+        weights: whether weight norms (and, with gradients, their cosines) are needed; see :meth:`Observer.weights`.
     """
 
     gradients: GradientSource | None = None
@@ -58,7 +59,7 @@ class View:
         parameters: clean name -> parameter, tied ones once.
         gradient_names: the parameters that have a gradient, where the observer reads gradients.
         gradients: raw sums of those gradients, once the pass has been made.
-        weight_norms: parameter -> Frobenius norm, float64 0-d tensors, where the observer reads weights.
+        weights: norms of the weights, where the observer reads weights.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class View:
         self.context = context
         self.gradient_names: Sequence[str] = ()
         self.gradients: GradientView | None = None
-        self.weight_norms: Mapping[str, Tensor] = {}
+        self.weights: WeightView | None = None
         self.model = model
         self.parameters = parameters
 
@@ -91,6 +92,11 @@ class View:
         if self.gradients is None:
             return {}
         return dict(zip(self.gradients.names, self.gradients.stats.roots("sum_squares")[:-1], strict=True))
+
+    @property
+    def weight_norms(self) -> dict[str, Tensor]:
+        """Parameter -> Frobenius norm of the weight, float64 0-d tensors, where the observer reads weights."""
+        return {} if self.weights is None else dict(zip(self.weights.names, self.weights.norms, strict=True))
 
 
 class Scheduled:
@@ -142,6 +148,10 @@ class Observer(Scheduled, ABC):
     def tables(self, view: View) -> Collection[str]:
         """Parameters whose row energies the pass must return; called before the pass."""
         return ()
+
+    def weights(self, view: View) -> Collection[str]:
+        """Parameters whose weights the pass must read, where :attr:`reads` asks for weights; by default all."""
+        return view.parameters.keys()
 
     @abstractmethod
     def observe(self, view: View) -> Values | Mapping[str, float | Tensor]:

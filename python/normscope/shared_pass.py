@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 
 from torch import Tensor
 
-from normscope import ops
 from normscope.errors import NormscopeError, ObserverError
-from normscope.functional import naming
 from normscope.metrics.values import Number, Values, joined, larger, vector
 from normscope.observer import GradientSource, GradientView, Observer, View
 from normscope.pending import Parts
+from normscope.reading import WeightView, complete, named_pass, weights_beside
 from normscope.record import LifecyclePoint
-from normscope.stats import Stats
 from normscope.tensors import TensorList
 
 
@@ -46,8 +44,9 @@ def read_shared(
     those observers reads weights too, or where any does and they have not been read. Per-parameter counts of non-finite
     components go to ``parts``.
     """
-    reads_weights = any(observer.reads.weights for observer in observers)
-    weight_norms: dict[str, Tensor] = {}
+    wanted = _wanted_weights(observers, views)
+    by_name = dict(zip(*parameters, strict=True)) if wanted else {}
+    weights: list[WeightView] = []
     for source in ("current", "epoch_mean"):
         readers = [pair for pair in zip(observers, views, strict=True) if pair[0].reads.gradients == source]
         if not readers:
@@ -57,21 +56,29 @@ def read_shared(
             gradients = gradients_of(source)
         tables = _tables(readers, gradients)
         beside: list[Tensor | None] | None = None
-        if any(observer.reads.weights for observer, _ in readers) or (reads_weights and not weight_norms):
-            by_name = dict(zip(*parameters, strict=True))
-            beside = [by_name[name] for name in gradients.names]
-        stats = _named_pass(gradients, beside, tables)
+        if wanted and (not weights or any(observer.reads.weights for observer, _ in readers)):
+            beside = [by_name[name] if name in wanted else None for name in gradients.names]
+        stats = named_pass(gradients, beside, tables)
         if beside is not None:
-            weight_norms.update(zip(gradients.names, stats.roots("weight_squares")[:-1], strict=True))
+            weights.append(weights_beside(gradients.names, stats))
         nonfinite = Values(gradients.names, vector(stats.column("nonfinite")[:-1]))
         parts.nonfinite = nonfinite if parts.nonfinite is None else _most(parts.nonfinite, nonfinite, parameters.names)
         for _, view in readers:
             view.gradients = GradientView(gradients.names, stats)
-    if reads_weights:
-        complete = _complete(weight_norms, parameters)
+    if any(observer.reads.weights for observer in observers):
+        read = complete(weights, [name for name in parameters.names if name in wanted], by_name)
         for observer, view in zip(observers, views, strict=True):
             if observer.reads.weights:
-                view.weight_norms = complete
+                view.weights = read
+
+
+def _wanted_weights(observers: Sequence[Observer], views: Sequence[View]) -> Set[str]:
+    wanted: set[str] = set()
+    for observer, view in zip(observers, views, strict=True):
+        if observer.reads.weights:
+            with naming_errors("observer", observer.name, view.point, view.step):
+                wanted.update(observer.weights(view))
+    return wanted
 
 
 def _tables(readers: Sequence[tuple[Observer, View]], gradients: TensorList) -> list[int]:
@@ -81,21 +88,6 @@ def _tables(readers: Sequence[tuple[Observer, View]], gradients: TensorList) -> 
         with naming_errors("observer", observer.name, view.point, view.step):
             tables.update(gradients.names.index(n) for n in observer.tables(view) if n in gradients.names)
     return sorted(tables)
-
-
-def _named_pass(tensors: TensorList, weights: Sequence[Tensor | None] | None, tables: Sequence[int]) -> Stats:
-    with naming(tensors.names):
-        return ops.fused_pass(tensors.tensors, weights, tables)
-
-
-def _complete(known: Mapping[str, Tensor], parameters: TensorList) -> dict[str, Tensor]:
-    """Norms of all parameters: the known ones, and one pass over the others."""
-    rest = [(n, t) for n, t in zip(*parameters, strict=True) if n not in known]
-    norms = dict(known)
-    if rest:
-        others = TensorList([n for n, _ in rest], [t for _, t in rest])
-        norms.update(zip(others.names, _named_pass(others, None, ()).roots("sum_squares")[:-1], strict=True))
-    return {name: norms[name] for name in parameters.names}
 
 
 def _most(first: Values, second: Values, order: Sequence[str]) -> Values:

@@ -80,13 +80,36 @@ class Stats:
         """Square roots, float64 ``[tensors + 1]``, of the sums of squares in column ``squares``."""
         if self.in_range:
             return self.column(squares).sqrt()
+        roots, factors = self._scaled_roots(squares)
+        return roots * factors
+
+    def cosines(self) -> Tensor:
+        """Cosines between gradients and weights, float64 ``[tensors + 1]``; NaN beside a zero vector or no weight."""
+        if self.in_range:
+            cosines = self.column("dot") / self.column("sum_squares").sqrt() / self.column("weight_squares").sqrt()
+            return cosines.clamp(-1.0, 1.0)
+        gradient, gradient_factor = self._scaled_roots("sum_squares")
+        weight, weight_factor = self._scaled_roots("weight_squares")
+        divisor = (gradient_factor.sqrt() * weight_factor.sqrt()).sqrt()  # a fourth root: the product may overflow
+        cosines = torch.zeros_like(gradient)
+        for column, scale in (("dot", 0), ("dot_large", RANGE_SHIFT), ("dot_small", -RANGE_SHIFT)):
+            factor = 2.0 ** (scale // 4) / divisor
+            cosines += self.column(column) / gradient / weight * factor * factor * factor * factor
+        return cosines.clamp(-1.0, 1.0)
+
+    def _scaled_roots(self, squares: str) -> tuple[Tensor, Tensor]:
+        """Square roots as products of a number in range and a power of two: 1, or 2^(+-RANGE_SHIFT / 2)."""
         first = COLUMN_INDEX[squares]
         middle, large, small = self.sums[:, first], self.sums[:, first + 1], self.sums[:, first + 2]
         half = 2.0 ** (RANGE_SHIFT // 2)
-        above = torch.sqrt(large + middle / half / half) * half
-        below = torch.sqrt(small + middle * half * half) / half
+        above = large > 0
         # A part below the range is under 2^-900: beside 2^-800 in the middle no number of such parts matters.
-        return torch.where(large > 0, above, torch.where((small > 0) & (middle < 2.0**-800), below, middle.sqrt()))
+        below = ~above & (small > 0) & (middle < 2.0**-800)
+        scaled = torch.where(
+            above, large + middle / half / half, torch.where(below, small + middle * half * half, middle)
+        )
+        factors = torch.where(above, half, torch.where(below, 1.0 / half, torch.ones_like(middle)))
+        return scaled.sqrt(), factors
 
 
 _MAX_COLUMNS = [index for index, column in enumerate(COLUMNS) if column.merge is Merge.MAX]

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeAlias, cast
 
 from torch import Tensor, nn
 
@@ -61,6 +61,95 @@ def parameters(model: nn.Module) -> TensorList:
     return _each_once([name for name, _ in named], [parameter for _, parameter in named])
 
 
+def weights_and_gradients(
+    source: nn.Module | Mapping[str, Tensor], gradients: Mapping[str, Tensor | None] | None = None
+) -> tuple[TensorList, list[Tensor | None]]:
+    """Weights of a model or of a mapping name -> weight, tied ones once, and the gradient of each.
+
+    Args:
+        source: the weights.
+        gradients: name -> gradient, by names as ``source`` has them or by clean ones; by default the ``.grad`` of a
+            module's parameters, and none for a mapping.
+
+    Raises:
+        TypeError: ``source`` is neither a module nor a mapping, or holds something else than tensors.
+        ValueError: a gradient belongs to no weight, has another shape, or is the second of one weight.
+    """
+    if isinstance(source, nn.Module):
+        named: dict[str, Tensor] = dict(source.named_parameters(remove_duplicate=False))
+    elif isinstance(source, Mapping):
+        named = dict(source)
+    else:
+        raise TypeError(f"expected a torch.nn.Module or a mapping name -> weight, got {type(source).__name__}")
+    for name, weight in named.items():
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"the weight {name!r} is a {type(weight).__name__}, not a tensor")
+    found = _each_once(named.keys(), named.values())
+    if gradients is None:
+        return found, [weight.grad if isinstance(source, nn.Module) else None for weight in found.tensors]
+    positions = {id(weight): position for position, weight in enumerate(found.tensors)}
+    position_of = {name: positions[id(weight)] for name, weight in named.items()}
+    position_of |= {name: position for position, name in enumerate(found.names)}
+    beside: list[Tensor | None] = [None] * len(found.tensors)
+    for name, gradient in gradients.items():
+        if gradient is None:
+            continue
+        if name not in position_of:
+            listed = ", ".join(found.names) or "none"
+            raise ValueError(f"there is a gradient for {name!r} and no such weight; weights: {listed}")
+        position = position_of[name]
+        if beside[position] is not None and beside[position] is not gradient:
+            raise ValueError(f"{found.names[position]!r} is tied and has two gradients; give their sum once")
+        if gradient.shape != found.tensors[position].shape:
+            shapes = f"{tuple(gradient.shape)} and {tuple(found.tensors[position].shape)}"
+            raise ValueError(f"gradient and weight of {name!r} differ in shape: {shapes}")
+        beside[position] = gradient
+    return found, beside
+
+
+Patterns: TypeAlias = str | Sequence[str] | None
+
+
+def patterns_of(given: Patterns, option: str) -> tuple[str, ...] | None:
+    """One shell-style pattern, or several, as a tuple.
+
+    Raises:
+        TypeError: it is something else; ``option`` is named.
+    """
+    if given is None:
+        return None
+    found = (given,) if isinstance(given, str) else tuple(given)
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise TypeError(f"{option} must be a shell-style pattern or a sequence of them, got {given!r}")
+    return found
+
+
+@lru_cache(maxsize=64)
+def select(names: tuple[str, ...], include: tuple[str, ...] | None, exclude: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The names that match one of ``include`` (None: all) and none of ``exclude``, in their order.
+
+    Raises:
+        ValueError: a pattern matches nothing, or nothing is left; the message lists the candidates.
+
+    Example:
+        >>> select(("wte.weight", "h.0.weight", "h.0.bias"), ("h.*",), ("*.bias",))
+        ('h.0.weight',)
+    """
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns or ():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"no parameter matches {option}={pattern!r}; candidates: {', '.join(names) or 'none'}")
+
+    def matches(name: str, patterns: tuple[str, ...]) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    chosen = names if include is None else tuple(name for name in names if matches(name, include))
+    chosen = chosen if exclude is None else tuple(name for name in chosen if not matches(name, exclude))
+    if names and not chosen:
+        raise ValueError(f"include and exclude leave no parameter; candidates: {', '.join(names)}")
+    return chosen
+
+
 def gradients(source: nn.Module | Mapping[str, Tensor | None]) -> TensorList:
     """Gradients of a model's parameters, or those of a mapping name -> gradient.
 
@@ -80,7 +169,8 @@ def gradients(source: nn.Module | Mapping[str, Tensor | None]) -> TensorList:
     if not found.tensors:
         raise NoGradientError(
             "no parameter has a gradient: observe after backward() and before zero_grad(), "
-            "or pass accumulate='epoch' to observe the mean of an epoch's gradients"
+            "or pass accumulate='epoch' to observe the mean of an epoch's gradients, "
+            "or align=False to track weights alone"
         )
     return found
 

@@ -21,5 +21,5 @@ class WeightNorm(Observer):
     reads = Reads(weights=True)
 
     def observe(self, view: View) -> Mapping[str, float | Tensor]:
-        norms = {name: view.weight_norms[name] for name, parameter in view.parameters.items() if parameter.ndim > 1}
+        norms = {name: norm for name, norm in view.weight_norms.items() if view.parameters[name].ndim > 1}
         return {"total": torch.linalg.vector_norm(torch.stack(list(norms.values()))), **norms}

@@ -1,4 +1,4 @@
-"""The observers normscope ships: gradient norms and token gradients."""
+"""Observers of gradients: their norms, and how an embedding's are spread over its tokens."""
 
 from __future__ import annotations
 

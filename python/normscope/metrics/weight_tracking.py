@@ -1,0 +1,271 @@
+"""Weights while they train: norms, the ends and the effective rank of their spectra, alignment with the gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from normscope import ops
+from normscope.metrics.values import Number, Values, Vector, joined, vector
+from normscope.ops import Spectrum
+from normscope.ops.contract import as_matrix
+from normscope.spectra.estimate import SpectrumEstimate, estimate_spectrum
+from normscope.spectra.top import Memory, top
+
+EffectiveRank = Literal["entropy", "participation"]
+#: What is known of one matrix: metric -> its value.
+Spectral = Mapping[str, Number]
+
+
+@dataclass(frozen=True)
+class WeightTrackingOptions:
+    """Variants of the weight metrics found in published code; the defaults are this project's definition.
+
+    Attributes:
+        effective_rank: ``"entropy"``, exp(-sum p_i ln p_i) with p_i = sigma_i / sum(sigma) (Roy and Vetterli 2007), or
+            ``"participation"``, (sum sigma)^2 / sum sigma^2.
+        total: ``total_weight_norm`` as the ``"sum"`` of the norms or their ``"l2"`` norm.
+        estimate_above: matrices whose smaller side is longer than this are estimated instead of computed, and get
+            intervals; None computes all.
+
+    Raises:
+        ValueError: an option is outside what is listed here.
+
+    Example:
+        >>> import torch, normscope as ns
+        >>> weight = {"w": torch.diag(torch.tensor([10.0, 1, 1, 1, 1, 1, 1, 1]))}
+        >>> round(ns.weight_tracking(weight)["effective_rank/w"], 2)
+        4.39
+        >>> round(ns.weight_tracking(weight, effective_rank="participation")["effective_rank/w"], 2)
+        2.7
+        >>> ns.WeightTrackingOptions(total="max")
+        Traceback (most recent call last):
+        ValueError: total must be 'sum' or 'l2', got 'max'
+    """
+
+    effective_rank: EffectiveRank = "entropy"
+    total: Literal["sum", "l2"] = "sum"
+    estimate_above: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.effective_rank not in ("entropy", "participation"):
+            raise ValueError(f"effective_rank must be 'entropy' or 'participation', got {self.effective_rank!r}")
+        if self.total not in ("sum", "l2"):
+            raise ValueError(f"total must be 'sum' or 'l2', got {self.total!r}")
+        if self.estimate_above is not None and (not isinstance(self.estimate_above, int) or self.estimate_above < 1):
+            raise ValueError(f"estimate_above must be a positive integer or None, got {self.estimate_above!r}")
+
+
+# One matrix
+
+
+def effective_rank(values: Tensor, kind: EffectiveRank = "entropy") -> Tensor:
+    """Effective rank, float64 0-d in [1, n], of n singular values in descending order.
+
+    NaN where they are all zero, hold a NaN or inf, or are none.
+
+    Example:
+        >>> effective_rank(torch.tensor([3.0, 3.0, 0.0], dtype=torch.float64)).item()
+        2.0
+    """
+    if values.numel() == 0:
+        return values.new_full((), math.nan)
+    relative = values / values[0]  # so that no sum or square leaves float64's range
+    total = relative.sum()
+    if kind == "participation":
+        rank = total.square() / relative.square().sum()
+    else:  # H = ln(total) - sum(q ln q) / total, q = relative: two terms >= 0, nothing cancels, and 0 ln 0 = 0
+        rank = torch.exp(torch.log(total) - torch.special.xlogy(relative, relative).sum() / total)
+    return rank.clamp(1.0, values.numel())
+
+
+def exact_spectra(matrices: Sequence[Tensor], options: WeightTrackingOptions) -> list[Spectral]:
+    """``top_sv`` and ``effective_rank`` of each matrix, from all its singular values.
+
+    Beyond ``options.estimate_above`` they are estimates, with ``*_low`` and ``*_high`` beside them. Where a method
+    failed and another one was used, ``spectrum_fallback`` is 1.
+    """
+    found: dict[int, Spectral] = {}
+    computed = []
+    for index, matrix in enumerate(matrices):
+        rows = matrix.shape[0]
+        columns = math.prod(matrix.shape[1:])
+        if options.estimate_above is not None and min(rows, columns) > options.estimate_above:
+            estimate = estimate_spectrum(as_matrix(index, matrix), effective_rank=options.effective_rank)
+            found[index] = _of_estimate(estimate)
+        else:
+            computed.append(index)
+    spectra = ops.singular_values([matrices[index] for index in computed]) if computed else []
+    for index, spectrum in zip(computed, spectra, strict=True):
+        found[index] = _of_spectrum(spectrum, options.effective_rank)
+    return [found[index] for index in range(len(matrices))]
+
+
+def _of_spectrum(spectrum: Spectrum, kind: EffectiveRank) -> Spectral:
+    values = spectrum.values
+    largest = values[0] if values.numel() else values.new_full((), math.nan)
+    largest_value, rank = vector(torch.stack([largest, effective_rank(values, kind)]))
+    found: dict[str, Number] = {"top_sv": largest_value, "effective_rank": rank}
+    return found | {"spectrum_fallback": 1.0} if spectrum.fallback else found
+
+
+def _of_estimate(estimate: SpectrumEstimate) -> Spectral:
+    return {
+        "top_sv": estimate.top,
+        "top_sv_low": estimate.top_low,
+        "top_sv_high": estimate.top_high,
+        "effective_rank": estimate.effective_rank,
+        "effective_rank_low": estimate.effective_rank_low,
+        "effective_rank_high": estimate.effective_rank_high,
+    }
+
+
+def top_spectra(
+    matrices: Sequence[Tensor], memories: Sequence[Memory | None], tolerance: float
+) -> tuple[list[Spectral], list[Memory | None]]:
+    """``top_sv`` of each matrix with its certified bounds ``top_sv_low`` and ``top_sv_high``; and what to keep for the
+    next call."""
+    found = top(matrices, memories, tolerance)
+    values: list[Spectral] = [{"top_sv": t.value, "top_sv_low": t.lower, "top_sv_high": t.upper} for t in found]
+    return values, [t.memory for t in found]
+
+
+# All parameters
+
+
+class Column(NamedTuple):
+    """The values of one metric, one a parameter."""
+
+    names: Sequence[str]
+    values: Vector
+
+
+_SPECTRAL = (
+    "top_sv",
+    "top_sv_low",
+    "top_sv_high",
+    "effective_rank",
+    "effective_rank_low",
+    "effective_rank_high",
+    "spectrum_fallback",
+)
+
+
+@lru_cache(maxsize=64)
+def _keys(metric: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{metric}/{name}" for name in names)
+
+
+def weight_tracking(
+    norms: Column,
+    alignments: Column,
+    spectra: Mapping[str, Spectral],
+    options: WeightTrackingOptions,
+    *,
+    asked: Sequence[str] = (),
+) -> Values:
+    """What is recorded of weights.
+
+    =============================  ==========================================================================
+    ``weight_norm/{layer}``        Frobenius norm of W
+    ``top_sv/{layer}``             largest singular value
+    ``effective_rank/{layer}``     exp(-sum p_i ln p_i), p_i = sigma_i / sum(sigma)
+    ``grad_weight_align/{layer}``  cosine between gradient and weight
+    ``total_weight_norm``          sum of the ``weight_norm`` values
+    ``mean_*``, ``max_top_sv``     over the values under that name that are not NaN; NaN if there is none
+    =============================  ==========================================================================
+
+    Args:
+        norms, alignments: of the parameters that have one.
+        spectra: parameter -> what is known of its spectrum.
+        options: the variants.
+        asked: which of ``top_sv`` and ``effective_rank`` are due, and so are summarised.
+    """
+    by_metric: dict[str, Column] = {}
+    for metric in _SPECTRAL:
+        names = tuple(name for name, found in spectra.items() if metric in found)
+        if names or metric in asked:
+            by_metric[metric] = Column(names, _beside(norms.values, [spectra[name][metric] for name in names]))
+    summaries: dict[str, Number] = {
+        "total_weight_norm": (_sum if options.total == "sum" else _l2)(norms.values),
+        "mean_weight_norm": _mean(norms.values),
+    }
+    if "top_sv" in asked:
+        summaries |= {
+            "mean_top_sv": _mean(by_metric["top_sv"].values),
+            "max_top_sv": _largest(by_metric["top_sv"].values),
+        }
+    if "effective_rank" in asked:
+        summaries["mean_effective_rank"] = _mean(by_metric["effective_rank"].values)
+    summaries["mean_grad_weight_align"] = _mean(alignments.values)
+    columns = {"weight_norm": norms, **by_metric, "grad_weight_align": alignments}
+    keys = [*summaries]
+    values = joined(list(summaries.values()))
+    for metric, column in columns.items():
+        keys += _keys(metric, tuple(column.names))
+    return Values(keys, _concatenated([values, *(column.values for column in columns.values())]))
+
+
+def _beside(norms: Vector, numbers: Sequence[Number]) -> Vector:
+    """Host numbers and device tensors as one vector of the kind and on the device of ``norms``."""
+    if not isinstance(norms, Tensor):
+        return [float(number) for number in numbers]
+    tensors = [torch.as_tensor(number, dtype=torch.float64, device=norms.device) for number in numbers]
+    return torch.stack(tensors) if tensors else norms.new_zeros(0)
+
+
+def _concatenated(vectors: Sequence[Vector]) -> Vector:
+    if isinstance(vectors[0], Tensor):
+        return torch.cat(cast(list[Tensor], vectors))
+    return [number for part in vectors for number in part]
+
+
+# Summaries leave NaN out; on the host they are exactly rounded, on a device nothing waits for them.
+
+
+def _defined(values: list[float]) -> list[float]:
+    return [value for value in values if value == value]
+
+
+def _exact_sum(values: list[float]) -> float:
+    try:
+        return math.fsum(values)
+    except OverflowError:
+        return math.inf
+
+
+def _summary(
+    on_host: Callable[[list[float]], float], on_device: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Vector], Number]:
+    """NaN where no value is defined, else ``on_host(defined values)`` or ``on_device(values, which are defined)``."""
+
+    def summary(values: Vector) -> Number:
+        if not isinstance(values, Tensor):
+            defined = _defined(values)
+            return on_host(defined) if defined else math.nan
+        if values.numel() == 0:
+            return values.new_full((), math.nan)
+        defined_there = ~values.isnan()
+        return torch.where(defined_there.any(), on_device(values, defined_there), math.nan)
+
+    return summary
+
+
+def _device_l2(values: Tensor, defined: Tensor) -> Tensor:
+    present = torch.where(defined, values, 0.0)
+    largest = present.amax()
+    scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    norm: Tensor = torch.linalg.vector_norm(present / scale)
+    return norm * scale
+
+
+_sum = _summary(_exact_sum, lambda values, defined: values.nansum())
+_l2 = _summary(lambda values: math.hypot(*values), _device_l2)
+_mean = _summary(lambda values: _exact_sum(values) / len(values), lambda values, defined: values.nanmean())
+_largest = _summary(max, lambda values, defined: torch.where(defined, values, -math.inf).amax())

@@ -1,0 +1,85 @@
+"""Passes over named tensors: an error says the name, and weights are read once, beside their gradients or alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normscope import ops
+from normscope.errors import UnsupportedTensorError
+from normscope.stats import COLUMN_INDEX, Stats
+from normscope.tensors import TensorList
+
+
+@contextmanager
+def naming(names: Sequence[str]) -> Iterator[None]:
+    """Let an error about the i-th tensor say its name."""
+    try:
+        yield
+    except UnsupportedTensorError as error:
+        raise UnsupportedTensorError(error.index, error.reason, names[error.index]) from None
+
+
+def named_pass(
+    tensors: TensorList, weights: Sequence[Tensor | None] | None = None, tables: Collection[int] = ()
+) -> Stats:
+    """:func:`normscope.ops.fused_pass`, with names in its errors."""
+    with naming(tensors.names):
+        return ops.fused_pass(tensors.tensors, weights, tables)
+
+
+class WeightView(NamedTuple):
+    """Weights that were read.
+
+    ``norms`` is float64 ``[weights]``; ``squares`` float64 ``[weights, 3]``, the sums of squares in and out of range,
+    whose bits tell a weight that was written to from one that was not, in all but contrived cases.
+    """
+
+    names: Sequence[str]
+    norms: Tensor
+    squares: Tensor
+
+    def of(self, names: Sequence[str]) -> WeightView:
+        """Those of that name, in that order."""
+        if tuple(self.names) == tuple(names):
+            return self
+        row = {name: index for index, name in enumerate(self.names)}
+        rows = [row[name] for name in names]
+        return WeightView(names, picked(self.norms, rows), picked(self.squares, rows))
+
+
+def picked(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """The rows of that index, whatever the default device is."""
+    return tensor[torch.tensor(rows, dtype=torch.int64, device=tensor.device)]
+
+
+def weights_beside(names: Sequence[str], stats: Stats) -> WeightView:
+    """The weights that a pass read beside gradients."""
+    return _view(names, stats, "weight_squares")
+
+
+def complete(read: Sequence[WeightView], names: Sequence[str], weights: Mapping[str, Tensor]) -> WeightView:
+    """The weights called ``names``: those that were read, and one pass over the others."""
+    known = {name for part in read for name in part.names}
+    rest = [name for name in names if name not in known]
+    parts = list(read)
+    if rest or not read:
+        stats = named_pass(TensorList(rest, [weights[name] for name in rest]))
+        parts.append(_view(rest, stats, "sum_squares"))
+    if len(parts) == 1:
+        return parts[0].of(names)
+    device = parts[0].norms.device
+    return WeightView(
+        [name for part in parts for name in part.names],
+        torch.cat([part.norms.to(device) for part in parts]),
+        torch.cat([part.squares.to(device) for part in parts]),
+    ).of(names)
+
+
+def _view(names: Sequence[str], stats: Stats, squares: str) -> WeightView:
+    first = COLUMN_INDEX[squares]
+    return WeightView(names, stats.roots(squares)[:-1], stats.sums[:-1, first : first + 3])
