@@ -13,8 +13,10 @@
 
 #include "dlpack_exchange.h"
 #include "fused_pass.h"
+#include "gram.h"
 #include "kernels.h"
 #include "order_statistics.h"
+#include "singular_values.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -151,6 +153,86 @@ void run_order_statistics(std::uintptr_t energies, std::size_t count, int expone
   std::copy(std::begin(fields), std::end(fields), out);
 }
 
+// A two-dimensional tensor whose elements follow one another along one of its dimensions.
+Matrix matrix_of(const py::handle& object) {
+  const TensorView view = view_of(object);
+  if (!view.contiguous && view.shape.size() != 2) throw Unsupported();
+  const std::size_t rows = view.rows, columns = view.row_length();
+  const auto stride = [&](std::size_t dimension) { return static_cast<std::size_t>(view.strides[dimension]); };
+  const std::size_t row_stride = view.contiguous ? columns : stride(0), column_stride = view.contiguous ? 1 : stride(1);
+  const bool tall = rows >= columns, along_rows = column_stride == 1;
+  if (!along_rows && row_stride != 1) throw Unsupported();
+  Matrix matrix;
+  matrix.data = view.data;
+  matrix.dtype = view.dtype;
+  matrix.vectors = std::min(rows, columns);
+  matrix.steps = std::max(rows, columns);
+  matrix.stride = along_rows ? row_stride : column_stride;
+  matrix.side_by_side = tall == along_rows;
+  return matrix;
+}
+
+std::vector<Matrix> matrices_of(const py::list& tensors) {
+  std::vector<Matrix> matrices;
+  matrices.reserve(tensors.size());
+  for (const py::handle& tensor : tensors) matrices.push_back(matrix_of(tensor));
+  return matrices;
+}
+
+// Writes the spectra to the addresses.
+std::vector<SpectrumStatus> run_singular_values(const py::list& tensors, const std::vector<std::uintptr_t>& values,
+                                                int threads) {
+  const std::vector<Matrix> matrices = matrices_of(tensors);
+  if (values.size() != matrices.size()) throw py::value_error("one address a matrix");
+  std::vector<double*> targets;
+  for (const std::uintptr_t address : values) targets.push_back(reinterpret_cast<double*>(address));
+  const py::gil_scoped_release release;
+  return singular_values(matrices, targets, threads);
+}
+
+// Writes the n x n Gram matrix of the smaller side, row after row.
+void run_gram(const py::handle& tensor, std::uintptr_t target, int threads) {
+  const Matrix matrix = matrix_of(tensor);
+  const py::gil_scoped_release release;
+  std::vector<SymmetricRoom> room;
+  room.emplace_back(matrix.vectors);
+  gram({matrix}, room, threads);
+  const Symmetric result = room[0].view();
+  double* out = reinterpret_cast<double*>(target);
+  for (std::size_t i = 0; i < result.size; ++i) {
+    for (std::size_t j = i; j < result.size; ++j) {
+      out[i * result.size + j] = out[j * result.size + i] = result.data[i * result.stride + j];
+    }
+  }
+}
+
+// The block of each matrix is at its address, [k][n] row after row, and receives the products.
+void run_gram_products(const py::list& tensors, const std::vector<std::pair<std::uintptr_t, std::size_t>>& blocks,
+                       int threads) {
+  const std::vector<Matrix> matrices = matrices_of(tensors);
+  if (blocks.size() != matrices.size()) throw py::value_error("one block a matrix");
+  const py::gil_scoped_release release;
+  std::vector<AlignedRoom> rooms;
+  std::vector<Vectors> padded, results;
+  for (std::size_t i = 0; i < matrices.size(); ++i) {
+    const std::size_t k = blocks[i].second, n = matrices[i].vectors, stride = round_up(n, kLanes);
+    const double* block = reinterpret_cast<const double*>(blocks[i].first);
+    double* data = rooms.emplace_back(2 * k * stride).data();
+    for (std::size_t q = 0; q < k; ++q) std::copy(block + q * n, block + (q + 1) * n, data + q * stride);
+    padded.push_back({data, stride, k});
+    results.push_back({data + k * stride, stride, k});
+  }
+  gram_products(matrices, padded, results, threads);
+  for (std::size_t i = 0; i < matrices.size(); ++i) {
+    const std::size_t n = matrices[i].vectors;
+    double* block = reinterpret_cast<double*>(blocks[i].first);
+    for (std::size_t q = 0; q < results[i].vectors; ++q) {
+      const double* product = results[i].data + q * results[i].stride;
+      std::copy(product, product + n, block + q * n);
+    }
+  }
+}
+
 std::vector<std::string> names_of_instruction_sets() {
   std::array<const char*, 8> names{};
   const std::size_t count = instruction_sets(names.data(), names.size());
@@ -179,6 +261,13 @@ PYBIND11_MODULE(_core, module) {
   module.def("order_statistics", &run_order_statistics, py::arg("energies"), py::arg("count"), py::arg("exponent"),
              py::arg("threshold"), py::arg("threshold_of_mean"), py::arg("energy_power"), py::arg("fractions"),
              py::arg("stride"), py::arg("values"));
+  py::enum_<SpectrumStatus>(module, "SpectrumStatus")
+      .value("complete", SpectrumStatus::complete)
+      .value("nonfinite", SpectrumStatus::nonfinite)
+      .value("failed", SpectrumStatus::failed);
+  module.def("singular_values", &run_singular_values, py::arg("matrices"), py::arg("values"), py::arg("threads"));
+  module.def("gram", &run_gram, py::arg("matrix"), py::arg("target"), py::arg("threads"));
+  module.def("gram_products", &run_gram_products, py::arg("matrices"), py::arg("blocks"), py::arg("threads"));
   module.def("instruction_sets", &names_of_instruction_sets, "Instruction sets this processor can run, best first.");
   module.def("instruction_set", &instruction_set, "The instruction set in use.");
   module.def("use_instruction_set", &use_instruction_set, py::arg("name"),

@@ -18,6 +18,10 @@ inline constexpr std::size_t element_size(DType dtype) {
   return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
+inline const void* element_at(const void* data, DType dtype, std::size_t index) {
+  return static_cast<const unsigned char*>(data) + index * element_size(dtype);
+}
+
 // Plain sums over one run of elements, NaN or infinite where an element is; max_abs may miss a NaN.
 struct RunSums {
   double sum_squares;

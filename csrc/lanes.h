@@ -28,9 +28,10 @@ inline Register load(const BFloat16* p) {
 }
 inline void store(double* p, Register a) { _mm512_storeu_pd(p, a); }
 inline Register zero() { return _mm512_setzero_pd(); }
+inline Register broadcast(double x) { return _mm512_set1_pd(x); }
 inline Register add(Register a, Register b) { return _mm512_add_pd(a, b); }
 inline Register multiply(Register a, Register b) { return _mm512_mul_pd(a, b); }
-inline Register multiply_add_exact(Register a, Register b, Register c) { return _mm512_fmadd_pd(a, b, c); }
+inline Register multiply_add_fused(Register a, Register b, Register c) { return _mm512_fmadd_pd(a, b, c); }
 inline Register absolute(Register a) { return _mm512_abs_pd(a); }
 inline Register maximum(Register a, Register b) { return _mm512_max_pd(a, b); }
 
@@ -48,9 +49,10 @@ inline Register load(const BFloat16* p) {
 }
 inline void store(double* p, Register a) { _mm256_storeu_pd(p, a); }
 inline Register zero() { return _mm256_setzero_pd(); }
+inline Register broadcast(double x) { return _mm256_set1_pd(x); }
 inline Register add(Register a, Register b) { return _mm256_add_pd(a, b); }
 inline Register multiply(Register a, Register b) { return _mm256_mul_pd(a, b); }
-inline Register multiply_add_exact(Register a, Register b, Register c) { return _mm256_fmadd_pd(a, b, c); }
+inline Register multiply_add_fused(Register a, Register b, Register c) { return _mm256_fmadd_pd(a, b, c); }
 inline Register absolute(Register a) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), a); }
 inline Register maximum(Register a, Register b) { return _mm256_max_pd(a, b); }
 
@@ -82,9 +84,10 @@ inline void store(double* p, Register a) {
   p[1] = a[1];
 }
 inline Register zero() { return Register{0.0, 0.0}; }
+inline Register broadcast(double x) { return Register{x, x}; }
 inline Register add(Register a, Register b) { return a + b; }
 inline Register multiply(Register a, Register b) { return a * b; }
-inline Register multiply_add_exact(Register a, Register b, Register c) { return a * b + c; }
+inline Register multiply_add_fused(Register a, Register b, Register c) { return a * b + c; }
 inline Register absolute(Register a) {
   return reinterpret_cast<Register>(reinterpret_cast<Bits>(a) & Bits{INT64_MAX, INT64_MAX});
 }
@@ -185,7 +188,7 @@ class Magnitudes<double> {
 template <class T>
 inline Register multiply_add(Register a, Register b, Register accumulator) {
   if constexpr (kExactProducts<T>) {
-    return multiply_add_exact(a, b, accumulator);
+    return multiply_add_fused(a, b, accumulator);
   } else {
     return add(multiply(a, b), accumulator);
   }

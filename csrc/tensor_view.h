@@ -67,8 +67,4 @@ class Reader {
   std::size_t count_;
 };
 
-inline const void* element_at(const void* data, DType dtype, std::size_t index) {
-  return static_cast<const unsigned char*>(data) + index * element_size(dtype);
-}
-
 }  // namespace normscope

@@ -1,10 +1,16 @@
 from collections.abc import Sequence
+from typing import ClassVar
 
 COLUMNS: list[str]
 RANGE_SHIFT: int
 TIE_SLACK: float
 
 class Unsupported(TypeError): ...
+
+class SpectrumStatus:
+    complete: ClassVar[SpectrumStatus]
+    nonfinite: ClassVar[SpectrumStatus]
+    failed: ClassVar[SpectrumStatus]
 
 class SparseGradient:
     def __init__(
@@ -33,6 +39,9 @@ def order_statistics(
     stride: int,
     values: int,
 ) -> None: ...
+def singular_values(matrices: Sequence[object], values: Sequence[int], threads: int) -> list[SpectrumStatus]: ...
+def gram(matrix: object, target: int, threads: int) -> None: ...
+def gram_products(matrices: Sequence[object], blocks: Sequence[tuple[int, int]], threads: int) -> None: ...
 def instruction_sets() -> list[str]: ...
 def instruction_set() -> str: ...
 def use_instruction_set(name: str) -> bool: ...

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
-from normscope.ops import backends
+from normscope.ops import backends, spectra
 from normscope.ops.contract import OrderStatistics, Spectrum
 from normscope.stats import Energies, Stats
 
@@ -103,7 +103,13 @@ def singular_values(matrices: Sequence[Tensor]) -> list[Spectrum]:
         UnsupportedTensorError: a dtype, layout or device that no chosen backend reads.
         ValueError: fewer than two dimensions.
     """
-    return backends.of(matrices).singular_values(matrices)
+    if all(matrix.is_cpu for matrix in matrices) or backends.chosen():
+        return backends.of(matrices).singular_values(matrices)
+    on_cpu = [index for index, matrix in enumerate(matrices) if matrix.is_cpu]
+    elsewhere = [index for index, matrix in enumerate(matrices) if not matrix.is_cpu]
+    found = dict(zip(elsewhere, spectra.singular_values([matrices[index] for index in elsewhere]), strict=True))
+    found.update(zip(on_cpu, singular_values([matrices[index] for index in on_cpu]), strict=True))
+    return [found[index] for index in range(len(matrices))]
 
 
 def gram_products(matrices: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[Tensor]:

@@ -92,11 +92,16 @@ def _accelerator_present() -> bool:
     return torch.accelerator.is_available() if hasattr(torch, "accelerator") else torch.cuda.is_available()
 
 
+def chosen() -> str | None:
+    """The backend that was chosen by name, if any."""
+    return _chosen.get()
+
+
 def of(tensors: Sequence[Tensor]) -> Backend:
     """The backend to use for these tensors: the chosen one, else the fastest that reads all of them."""
-    chosen = _chosen.get()
-    if chosen is not None:
-        return _named(chosen)
+    name = chosen()
+    if name is not None:
+        return _named(name)
     compiled, _ = _load("cpu")
     # Looking at every tensor's device costs as much as the pass over a small model, so it is done only where a device
     # other than the CPU exists.

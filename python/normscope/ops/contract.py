@@ -22,6 +22,10 @@ TIE_SLACK = 2.0**-51
 SAFE_EXPONENTS = (-450, 450)
 
 
+#: What ``torch.linalg`` raises when a solver does not converge.
+SolverError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
+
+
 class OrderStatistics(NamedTuple):
     """Order statistics of V energies; float64, on the device of the energies.
 

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from normscope import _core
 from normscope.errors import UnsupportedTensorError
-from normscope.ops import reference
+from normscope.ops import spectra
 from normscope.ops.contract import (
     DTYPES,
     OrderStatistics,
     Spectrum,
+    as_matrix,
     check_readable,
     check_weights,
     rows_of,
@@ -169,11 +170,66 @@ def order_statistics(
     return OrderStatistics(values)
 
 
+def _as_matrix(index: int, tensor: Tensor) -> Tensor:
+    """The matrix, with one of its dimensions contiguous."""
+    matrix = as_matrix(index, tensor)
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
+
+
+def _refuse(matrices: Sequence[Tensor]) -> UnsupportedTensorError:
+    """The error for the first of the matrices that the core cannot read."""
+    for index, matrix in enumerate(matrices):
+        if not matrix.is_cpu:
+            return UnsupportedTensorError(index, f"the cpu backend does not read tensors on {matrix.device}")
+        try:
+            _core.gram_products([_described(matrix)], [(0, 0)], 1)
+        except _core.Unsupported:
+            return UnsupportedTensorError(index, f"{type(matrix).__name__} is not plain CPU memory")
+    raise AssertionError("every matrix can be read")
+
+
+def gram(matrix: Tensor) -> Tensor:
+    """Gram matrix of the smaller side of a matrix, float64 ``[n, n]``."""
+    size = min(matrix.shape)
+    result = torch.empty((size, size), dtype=torch.float64, device="cpu")
+    _core.gram(_described(_as_matrix(0, matrix)), result.data_ptr(), torch.get_num_threads())
+    return result
+
+
 def singular_values(matrices: Sequence[Tensor]) -> list[Spectrum]:
     """See :func:`normscope.ops.singular_values`."""
-    return reference.singular_values(matrices)
+    ready = [_as_matrix(index, matrix) for index, matrix in enumerate(matrices)]
+    values = [torch.empty(min(matrix.shape), dtype=torch.float64, device="cpu") for matrix in ready]
+    try:
+        statuses = _core.singular_values(
+            _list_of(ready), [vector.data_ptr() for vector in values], torch.get_num_threads()
+        )
+    except _core.Unsupported:
+        raise _refuse(ready) from None
+    return [_spectrum(*found) for found in zip(ready, values, statuses, strict=True)]
+
+
+def _spectrum(matrix: Tensor, values: Tensor, status: _core.SpectrumStatus) -> Spectrum:
+    if status == _core.SpectrumStatus.nonfinite:
+        return Spectrum(values, "nonfinite")
+    if status == _core.SpectrumStatus.failed:
+        return spectra.after_failure(matrix)
+    return spectra.completed(matrix, values, lambda: gram(matrix))
 
 
 def gram_products(matrices: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[Tensor]:
     """See :func:`normscope.ops.gram_products`."""
-    return reference.gram_products(matrices, blocks)
+    ready = [_as_matrix(index, matrix) for index, matrix in enumerate(matrices)]
+    for index, (matrix, block) in enumerate(zip(ready, blocks, strict=True)):
+        if block.dtype is not torch.float64 or block.dim() != 2 or len(block) != min(matrix.shape):
+            raise ValueError(
+                f"block {index} is {block.dtype} {tuple(block.shape)}, not float64 [{min(matrix.shape)}, k]"
+            )
+    # Vector after vector, in place of which the products are written.
+    products = [block.T.clone(memory_format=torch.contiguous_format) for block in blocks]
+    addresses = [(product.data_ptr(), len(product)) for product in products]
+    try:
+        _core.gram_products(_list_of(ready), addresses, torch.get_num_threads())
+    except _core.Unsupported:
+        raise _refuse(ready) from None
+    return [product.T for product in products]

@@ -12,6 +12,7 @@ from normscope.ops.contract import (
     SAFE_EXPONENTS,
     TIE_SLACK,
     OrderStatistics,
+    SolverError,
     Spectrum,
     as_matrix,
     check_readable,
@@ -171,17 +172,19 @@ def order_statistics(
 @torch.no_grad()
 def singular_values(matrices: Sequence[Tensor]) -> list[Spectrum]:
     """See :func:`normscope.ops.singular_values`: a float64 SVD of each matrix."""
-    return [_spectrum(as_matrix(index, matrix).to(torch.float64)) for index, matrix in enumerate(matrices)]
+    return [spectrum(as_matrix(index, matrix)) for index, matrix in enumerate(matrices)]
 
 
-def _spectrum(matrix: Tensor) -> Spectrum:
+def spectrum(matrix: Tensor) -> Spectrum:
+    """The spectrum of one matrix, ``[rows, columns]``; a NaN or inf is seen before a solver is."""
+    matrix = matrix.to(torch.float64)
     undefined = matrix.new_full((min(matrix.shape),), math.nan)
     if not bool(matrix.isfinite().all()):
         return Spectrum(undefined, "nonfinite")
     exponent = _exponent(_largest(matrix))
     try:
         values = torch.linalg.svdvals(_scaled(matrix, exponent))
-    except torch.linalg.LinAlgError:
+    except SolverError:
         return Spectrum(undefined, "failed", fallback=True)
     return Spectrum(_scaled(values, -exponent), "svd")
 

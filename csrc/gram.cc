@@ -1,0 +1,193 @@
+// The Gram matrix is cut in blocks of 256 x 256, and where these are few, each block in segments of steps; a job
+// computes one block of one segment. It brings 128 steps of its vectors at a time into panels of float64, which stay in
+// the second-level cache, and multiplies tiles of 16 x 16 out of them.
+#include "gram.h"
+
+#include <algorithm>
+
+#include "threads.h"
+
+namespace normscope {
+namespace {
+
+constexpr std::size_t kBlock = 256;  // vectors of a block
+constexpr std::size_t kStep = 128;   // steps in a panel
+
+// The calling thread's own room, kept from call to call.
+double* thread_room(std::size_t size) {
+  thread_local AlignedRoom room;
+  return room.at_least(size);
+}
+
+const void* element(const Matrix& matrix, std::size_t index) { return element_at(matrix.data, matrix.dtype, index); }
+
+std::size_t blocks_across(const Matrix& matrix) { return (matrix.vectors + kBlock - 1) / kBlock; }
+
+// How many segments the steps are cut into: enough jobs for several threads, no more than 8 copies of the result.
+std::size_t segments_of(const Matrix& matrix) {
+  const std::size_t across = blocks_across(matrix), blocks = across * (across + 1) / 2;
+  const std::size_t wanted = std::clamp<std::size_t>(16 / std::max<std::size_t>(blocks, 1), 1, 8);
+  return std::clamp<std::size_t>(matrix.steps / 1024, 1, wanted);
+}
+
+struct Range {
+  std::size_t first, last;
+  std::size_t size() const { return last - first; }
+};
+
+Range segment_range(std::size_t steps, std::size_t segments, std::size_t index, std::size_t granule) {
+  const std::size_t length = round_up((steps + segments - 1) / segments, granule);
+  return {std::min(steps, index * length), std::min(steps, (index + 1) * length)};
+}
+
+struct GramJob {
+  const Matrix* matrix;
+  Symmetric result;
+  Range rows, columns, steps;
+
+  std::size_t cost() const {
+    return (rows.first == columns.first ? 1 : 2) * rows.size() * columns.size() * steps.size();
+  }
+};
+
+void pack(const Matrix& matrix, const Range& vectors, const Range& steps, double* panels) {
+  const MatrixKernels& kernels = matrix_kernels(matrix.dtype);
+  for (std::size_t v = vectors.first; v < vectors.last; v += kPanel, panels += kPanel * kStep) {
+    const std::size_t count = std::min(kPanel, vectors.last - v);
+    const std::size_t start = matrix.side_by_side ? steps.first * matrix.stride + v : v * matrix.stride + steps.first;
+    const auto pack_panel = matrix.side_by_side ? kernels.pack_side_by_side : kernels.pack_end_to_end;
+    pack_panel(element(matrix, start), matrix.stride, count, steps.size(), matrix.scale, panels);
+  }
+}
+
+void run(const GramJob& job) {
+  constexpr std::size_t kPanels = kBlock / kPanel;
+  const bool diagonal = job.rows.first == job.columns.first;
+  double* left = thread_room(2 * kPanels * kPanel * kStep);
+  double* right = diagonal ? left : left + kPanels * kPanel * kStep;
+  const MatrixKernels& kernels = matrix_kernels(job.matrix->dtype);
+  for (std::size_t first = job.steps.first; first < job.steps.last; first += kStep) {
+    const Range steps{first, std::min(first + kStep, job.steps.last)};
+    pack(*job.matrix, job.rows, steps, left);
+    if (!diagonal) pack(*job.matrix, job.columns, steps, right);
+    for (std::size_t j = 0; j < job.columns.size(); j += kPanel) {
+      for (std::size_t i = 0; i < job.rows.size() && (!diagonal || i <= j); i += kPanel) {
+        double* tile = job.result.data + (job.rows.first + i) * job.result.stride + job.columns.first + j;
+        kernels.multiply_panels(left + i * kStep, right + j * kStep, kPanel, steps.size(), tile, job.result.stride);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void gram(const std::vector<Matrix>& matrices, std::vector<SymmetricRoom>& results, int threads) {
+  std::vector<std::vector<SymmetricRoom>> parts(matrices.size());  // of all segments but the first
+  std::vector<GramJob> jobs;
+  for (std::size_t index = 0; index < matrices.size(); ++index) {
+    const Matrix& matrix = matrices[index];
+    const std::size_t segments = segments_of(matrix);
+    for (std::size_t segment = 1; segment < segments; ++segment) parts[index].emplace_back(matrix.vectors);
+    for (std::size_t segment = 0; segment < segments; ++segment) {
+      const Symmetric result = segment == 0 ? results[index].view() : parts[index][segment - 1].view();
+      const Range steps = segment_range(matrix.steps, segments, segment, kStep);
+      for (std::size_t row = 0; row < matrix.vectors; row += kBlock) {
+        for (std::size_t column = row; column < matrix.vectors; column += kBlock) {
+          const Range rows{row, std::min(row + kBlock, matrix.vectors)};
+          jobs.push_back({&matrix, result, rows, {column, std::min(column + kBlock, matrix.vectors)}, steps});
+        }
+      }
+    }
+  }
+  std::stable_sort(jobs.begin(), jobs.end(), [](const GramJob& a, const GramJob& b) { return a.cost() > b.cost(); });
+  auto run_job = [&](std::size_t index) { run(jobs[index]); };
+  parallel_for(jobs.size(), threads, run_job);
+
+  auto merge = [&](std::size_t index) {
+    const Symmetric whole = results[index].view();
+    for (SymmetricRoom& part : parts[index]) {
+      const double* from = part.view().data;
+      for (std::size_t i = 0; i < whole.padded * whole.stride; ++i) whole.data[i] += from[i];
+    }
+  };
+  parallel_for(matrices.size(), threads, merge);
+}
+
+namespace {
+
+struct ProductJob {
+  const Matrix* matrix;
+  Vectors block;
+  Vectors result;
+  Range steps;
+};
+
+// Rows are steps: each is read once from memory, for its products with the block and again for what these add.
+void run_side_by_side(const ProductJob& job) {
+  constexpr std::size_t kRows = 16;
+  const MatrixKernels& kernels = matrix_kernels(job.matrix->dtype);
+  double* products = thread_room(kRows * job.block.vectors);
+  for (std::size_t step = job.steps.first; step < job.steps.last; step += kRows) {
+    const Rows rows{element(*job.matrix, step * job.matrix->stride), job.matrix->stride,
+                    std::min(kRows, job.steps.last - step), job.matrix->vectors};
+    kernels.dot_rows(rows, job.block, products);
+    kernels.add_rows(rows, products, job.result);
+  }
+}
+
+// Rows are vectors: a stretch of steps that the cache holds is read for the products, and again for what these add.
+void run_end_to_end(const ProductJob& job) {
+  constexpr std::size_t kStretch = 256;
+  const std::size_t n = job.matrix->vectors, k = job.block.vectors;
+  const MatrixKernels& kernels = matrix_kernels(job.matrix->dtype);
+  double* products = thread_room((kStretch + 2 * n) * k);  // k vectors of steps
+  double* factors = products + kStretch * k;               // [n][k]
+  double* sums = factors + n * k;                          // [n][k]
+  for (std::size_t v = 0; v < n; ++v) {
+    for (std::size_t q = 0; q < k; ++q) factors[v * k + q] = job.block.data[q * job.block.stride + v];
+  }
+  for (std::size_t step = job.steps.first; step < job.steps.last; step += kStretch) {
+    const Rows rows{element(*job.matrix, step), job.matrix->stride, n, std::min(kStretch, job.steps.last - step)};
+    std::fill(products, products + kStretch * k, 0.0);
+    const Vectors stretch{products, kStretch, k};
+    kernels.add_rows(rows, factors, stretch);
+    kernels.dot_rows(rows, stretch, sums);
+    for (std::size_t v = 0; v < n; ++v) {
+      for (std::size_t q = 0; q < k; ++q) job.result.data[q * job.result.stride + v] += sums[v * k + q];
+    }
+  }
+}
+
+}  // namespace
+
+void gram_products(const std::vector<Matrix>& matrices, const std::vector<Vectors>& blocks,
+                   const std::vector<Vectors>& results, int threads) {
+  constexpr std::size_t kElements = 1 << 16, kSegments = 16;
+  std::vector<ProductJob> jobs;
+  std::vector<std::vector<std::vector<double>>> parts(matrices.size());
+  for (std::size_t index = 0; index < matrices.size(); ++index) {
+    const Matrix& matrix = matrices[index];
+    const Vectors& result = results[index];
+    std::fill(result.data, result.data + result.vectors * result.stride, 0.0);
+    const std::size_t segments = std::clamp<std::size_t>(matrix.vectors * matrix.steps / kElements, 1, kSegments);
+    for (std::size_t segment = 0; segment < segments; ++segment) {
+      Vectors part = result;
+      if (segment > 0) {
+        part.data = parts[index].emplace_back(result.vectors * result.stride).data();
+      }
+      jobs.push_back({&matrix, blocks[index], part, segment_range(matrix.steps, segments, segment, kPanel)});
+    }
+  }
+  auto run_job = [&](std::size_t index) {
+    jobs[index].matrix->side_by_side ? run_side_by_side(jobs[index]) : run_end_to_end(jobs[index]);
+  };
+  parallel_for(jobs.size(), threads, run_job);
+  for (std::size_t index = 0; index < matrices.size(); ++index) {
+    const Vectors& whole = results[index];
+    for (const std::vector<double>& part : parts[index]) {
+      for (std::size_t i = 0; i < part.size(); ++i) whole.data[i] += part[i];
+    }
+  }
+}
+
+}  // namespace normscope

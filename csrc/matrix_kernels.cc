@@ -1,0 +1,338 @@
+// The matrix kernels of one instruction set; CMake compiles this file once for each, with NORMSCOPE_ISA as its name.
+#include "matrix_kernels.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace normscope {
+namespace {
+
+#include "lanes.h"
+
+// A register tile: kTileRows x kTileColumns products accumulate in registers.
+constexpr std::size_t kTileRows = kWidth == 8 ? 8 : 4;
+constexpr std::size_t kTileColumns = std::min(2 * kWidth, kPanel);
+constexpr std::size_t kTileRegisters = kTileColumns / kWidth;
+
+inline double sum_of(Register a) {
+  double values[kWidth];
+  store(values, a);
+  for (std::size_t half = kWidth / 2; half > 0; half /= 2) {
+    for (std::size_t i = 0; i < half; ++i) values[i] += values[i + half];
+  }
+  return values[0];
+}
+
+// Up to kWidth elements from `data` on, zeros beyond `count`.
+template <class T>
+inline Register load_some(const T* data, std::size_t count) {
+  if (count >= kWidth) return load(data);
+  alignas(64) T elements[kLanes] = {};
+  std::memcpy(static_cast<void*>(elements), data, count * sizeof(T));
+  return load(elements);
+}
+
+template <class T>
+inline Register scaled(Register a, double scale) {
+  if constexpr (std::is_same_v<T, double>) {
+    return multiply(a, broadcast(scale));
+  } else {
+    return a;
+  }
+}
+
+template <class T>
+void pack_side_by_side(const void* source, std::size_t stride, std::size_t vectors, std::size_t length, double scale,
+                       double* panel) {
+  const T* data = static_cast<const T*>(source);
+  for (std::size_t k = 0; k < length; ++k, data += stride, panel += kPanel) {
+    for (std::size_t v = 0; v < kPanel; v += kWidth) {
+      const Register a = v < vectors ? load_some(data + v, vectors - v) : zero();
+      store(panel + v, scaled<T>(a, scale));
+    }
+  }
+}
+
+template <class T>
+void pack_end_to_end(const void* source, std::size_t stride, std::size_t vectors, std::size_t length, double scale,
+                     double* panel) {
+  const T* data = static_cast<const T*>(source);
+  alignas(64) double steps[kPanel][kLanes] = {};  // [vector][step]
+  for (std::size_t start = 0; start < length; start += kLanes, panel += kPanel * kLanes) {
+    const std::size_t count = std::min(kLanes, length - start);
+    for (std::size_t v = 0; v < vectors; ++v) {
+      const T* vector = data + v * stride + start;
+      for (std::size_t k = 0; k < count; k += kWidth) {
+        store(&steps[v][k], scaled<T>(load_some(vector + k, count - k), scale));
+      }
+    }
+    for (std::size_t k = 0; k < count; ++k) {
+      for (std::size_t v = 0; v < kPanel; ++v) panel[k * kPanel + v] = steps[v][k];
+    }
+  }
+}
+
+void multiply_panels(const double* left, const double* right, std::size_t stride, std::size_t length, double* tile,
+                     std::size_t tile_stride) {
+  for (std::size_t j = 0; j < kPanel; j += kTileColumns) {
+    for (std::size_t i = 0; i < kPanel; i += kTileRows) {
+      Register sums[kTileRows][kTileRegisters];
+      for (auto& row : sums) {
+        for (Register& sum : row) sum = zero();
+      }
+      const double* a = left + i;
+      const double* b = right + j;
+      for (std::size_t k = 0; k < length; ++k, a += stride, b += stride) {
+        Register columns[kTileRegisters];
+        for (std::size_t q = 0; q < kTileRegisters; ++q) columns[q] = load(b + q * kWidth);
+        for (std::size_t r = 0; r < kTileRows; ++r) {
+          const Register row = broadcast(a[r]);
+          for (std::size_t q = 0; q < kTileRegisters; ++q) {
+            sums[r][q] = multiply_add_fused(row, columns[q], sums[r][q]);
+          }
+        }
+      }
+      for (std::size_t r = 0; r < kTileRows; ++r) {
+        double* out = tile + (i + r) * tile_stride + j;
+        for (std::size_t q = 0; q < kTileRegisters; ++q) {
+          store(out + q * kWidth, add(load(out + q * kWidth), sums[r][q]));
+        }
+      }
+    }
+  }
+}
+
+// Rows and vectors that dot_rows and add_rows hold in registers at once.
+constexpr std::size_t kRowsAtOnce = kWidth == 8 ? 4 : 2;
+constexpr std::size_t kVectorsAtOnce = 4;
+
+template <class T, std::size_t R, std::size_t Q>
+inline void dot_some(const T* row, std::size_t stride, std::size_t count, const double* vector,
+                     std::size_t vector_stride, double* sums, std::size_t sums_stride) {
+  Register parts[R][Q];
+  for (auto& of_row : parts) {
+    for (Register& part : of_row) part = zero();
+  }
+  for (std::size_t i = 0; i < count; i += kWidth) {
+    Register x[Q];
+    for (std::size_t q = 0; q < Q; ++q) x[q] = load(vector + q * vector_stride + i);
+    for (std::size_t r = 0; r < R; ++r) {
+      const Register a = load_some(row + r * stride + i, count - i);
+      for (std::size_t q = 0; q < Q; ++q) parts[r][q] = multiply_add_fused(a, x[q], parts[r][q]);
+    }
+  }
+  for (std::size_t r = 0; r < R; ++r) {
+    for (std::size_t q = 0; q < Q; ++q) sums[r * sums_stride + q] = sum_of(parts[r][q]);
+  }
+}
+
+template <class T, std::size_t R, std::size_t Q>
+inline void add_some(const T* row, std::size_t stride, std::size_t count, const double* factors,
+                     std::size_t factors_stride, double* vector, std::size_t vector_stride) {
+  Register by[R][Q];
+  for (std::size_t r = 0; r < R; ++r) {
+    for (std::size_t q = 0; q < Q; ++q) by[r][q] = broadcast(factors[r * factors_stride + q]);
+  }
+  for (std::size_t i = 0; i < count; i += kWidth) {
+    Register a[R];
+    for (std::size_t r = 0; r < R; ++r) a[r] = load_some(row + r * stride + i, count - i);
+    for (std::size_t q = 0; q < Q; ++q) {
+      double* out = vector + q * vector_stride + i;
+      Register sum = load(out);
+      for (std::size_t r = 0; r < R; ++r) sum = multiply_add_fused(a[r], by[r][q], sum);
+      store(out, sum);
+    }
+  }
+}
+
+// Calls body(row, R, vector, Q), the last two of them constants, until all rows and vectors are covered.
+template <class Body>
+inline void for_rows_and_vectors(std::size_t rows, std::size_t vectors, Body&& body) {
+  const auto over_vectors = [&](std::size_t row, auto at_once) {
+    std::size_t q = 0;
+    for (; q + kVectorsAtOnce <= vectors; q += kVectorsAtOnce) {
+      body(row, at_once, q, std::integral_constant<std::size_t, kVectorsAtOnce>{});
+    }
+    for (; q < vectors; ++q) body(row, at_once, q, std::integral_constant<std::size_t, 1>{});
+  };
+  std::size_t row = 0;
+  for (; row + kRowsAtOnce <= rows; row += kRowsAtOnce) {
+    over_vectors(row, std::integral_constant<std::size_t, kRowsAtOnce>{});
+  }
+  for (; row < rows; ++row) over_vectors(row, std::integral_constant<std::size_t, 1>{});
+}
+
+template <class T>
+void dot_rows(const Rows& rows, const Vectors& vectors, double* sums) {
+  const T* data = static_cast<const T*>(rows.data);
+  for_rows_and_vectors(rows.rows, vectors.vectors, [&](std::size_t row, auto at_once, std::size_t q, auto together) {
+    dot_some<T, at_once(), together()>(data + row * rows.stride, rows.stride, rows.count,
+                                       vectors.data + q * vectors.stride, vectors.stride,
+                                       sums + row * vectors.vectors + q, vectors.vectors);
+  });
+}
+
+template <class T>
+void add_rows(const Rows& rows, const double* factors, const Vectors& vectors) {
+  const T* data = static_cast<const T*>(rows.data);
+  for_rows_and_vectors(rows.rows, vectors.vectors, [&](std::size_t row, auto at_once, std::size_t q, auto together) {
+    add_some<T, at_once(), together()>(data + row * rows.stride, rows.stride, rows.count,
+                                       factors + row * vectors.vectors + q, vectors.vectors,
+                                       vectors.data + q * vectors.stride, vectors.stride);
+  });
+}
+
+// The tridiagonal reduction by Householder reflections I - tau v v^T, kReflectors of them between two updates of the
+// whole matrix (Dongarra, Sorensen and Hammarling 1989). All vectors begin at multiples of kPanel, where they hold
+// zeros before their first element, so that nothing below has an edge.
+
+inline double dot(const double* a, const double* b, std::size_t from, std::size_t to) {
+  Register even = zero(), odd = zero();
+  for (std::size_t i = from; i < to; i += 2 * kWidth) {
+    even = multiply_add_fused(load(a + i), load(b + i), even);
+    odd = multiply_add_fused(load(a + i + kWidth), load(b + i + kWidth), odd);
+  }
+  return sum_of(add(even, odd));
+}
+
+// y = A x over the rows and columns [from, to): each element above the diagonal is read once and used twice.
+void multiply_symmetric(const Symmetric& matrix, const double* x, double* y, std::size_t from, std::size_t to) {
+  constexpr std::size_t kAtOnce = std::max<std::size_t>(kWidth, 4);
+  std::fill(y + from, y + to, 0.0);
+  for (std::size_t i = from; i < to; i += kAtOnce) {
+    const double* rows = matrix.data + i * matrix.stride;
+    Register sums[kAtOnce], factors[kAtOnce];
+    for (std::size_t r = 0; r < kAtOnce; ++r) {
+      sums[r] = zero();
+      factors[r] = broadcast(x[i + r]);
+    }
+    std::size_t j = i;
+    for (; j < i + kAtOnce; j += kWidth) {  // on the diagonal both halves are there
+      const Register xs = load(x + j);
+      for (std::size_t r = 0; r < kAtOnce; ++r) {
+        sums[r] = multiply_add_fused(load(rows + r * matrix.stride + j), xs, sums[r]);
+      }
+    }
+    for (; j < to; j += kWidth) {
+      const Register xs = load(x + j);
+      Register even = load(y + j), odd = zero();
+      for (std::size_t r = 0; r < kAtOnce; r += 2) {
+        const Register a = load(rows + r * matrix.stride + j), b = load(rows + (r + 1) * matrix.stride + j);
+        sums[r] = multiply_add_fused(a, xs, sums[r]);
+        sums[r + 1] = multiply_add_fused(b, xs, sums[r + 1]);
+        even = multiply_add_fused(a, factors[r], even);
+        odd = multiply_add_fused(b, factors[r + 1], odd);
+      }
+      store(y + j, add(even, odd));
+    }
+    for (std::size_t r = 0; r < kAtOnce; ++r) y[i + r] += sum_of(sums[r]);
+  }
+}
+
+// out -= sum over q < count of by_v[q] v_q + by_w[q] w_q
+inline void subtract_reflected(double* out, const Vectors& v, const Vectors& w, std::size_t count, const double* by_v,
+                               const double* by_w, std::size_t from, std::size_t to) {
+  for (std::size_t i = from; i < to; i += kWidth) {
+    Register even = load(out + i), odd = zero();
+    for (std::size_t q = 0; q < count; ++q) {
+      even = multiply_add_fused(broadcast(-by_v[q]), load(v.data + q * v.stride + i), even);
+      odd = multiply_add_fused(broadcast(-by_w[q]), load(w.data + q * w.stride + i), odd);
+    }
+    store(out + i, add(even, odd));
+  }
+}
+
+void tridiagonalise(const Symmetric& matrix, double* diagonal, double* off_diagonal, double* room) {
+  const std::size_t n = matrix.size, padded = matrix.padded, stride = matrix.stride;
+  // v and w follow one another, and so do their negatives -w and -v: the update of the matrix is one product of panels.
+  const Vectors v{room, stride, kReflectors};
+  const Vectors w{room + kReflectors * stride, stride, kReflectors};
+  double* negative_w = room + 2 * kReflectors * stride;
+  double* negative_v = room + 3 * kReflectors * stride;
+  double* product = room + 4 * kReflectors * stride;
+  double by_v[kReflectors], by_w[kReflectors];
+
+  for (std::size_t first = 0; first < n; first += kReflectors) {
+    const std::size_t together = std::min(kReflectors, n - first);
+    for (std::size_t q = 0; q < together; ++q) {
+      const std::size_t j = first + q;
+      double* row = matrix.data + j * stride;
+      for (std::size_t i = 0; i < q; ++i) {
+        by_v[i] = w.data[i * stride + j];
+        by_w[i] = v.data[i * stride + j];
+      }
+      subtract_reflected(row, v, w, q, by_v, by_w, j / kPanel * kPanel, padded);
+      diagonal[j] = row[j];
+
+      double* reflector = v.data + q * stride;
+      double* update = w.data + q * stride;
+      std::fill(reflector, reflector + padded, 0.0);
+      std::fill(update, update + padded, 0.0);
+      if (j + 1 == n) break;
+      const std::size_t from = (j + 1) / kPanel * kPanel;
+      std::copy(row + j + 2, row + n, reflector + j + 2);
+      const double head = row[j + 1], tail_squares = dot(reflector, reflector, from, padded);
+      off_diagonal[j] = head;
+      if (tail_squares == 0.0) continue;
+      const double reflected = -std::copysign(std::sqrt(head * head + tail_squares), head);
+      const double tau = (reflected - head) / reflected;
+      const Register inverse = broadcast(1.0 / (head - reflected));
+      for (std::size_t i = from; i < padded; i += kWidth) store(reflector + i, multiply(load(reflector + i), inverse));
+      reflector[j + 1] = 1.0;
+      off_diagonal[j] = reflected;
+
+      multiply_symmetric(matrix, reflector, product, from, padded);
+      for (std::size_t i = 0; i < q; ++i) {
+        by_v[i] = dot(w.data + i * stride, reflector, from, padded);
+        by_w[i] = dot(v.data + i * stride, reflector, from, padded);
+      }
+      subtract_reflected(product, v, w, q, by_v, by_w, from, padded);
+      const double half = 0.5 * tau * tau * dot(product, reflector, from, padded);
+      for (std::size_t i = from; i < padded; i += kWidth) {
+        const Register whole = multiply(load(product + i), broadcast(tau));
+        store(update + i, multiply_add_fused(broadcast(-half), load(reflector + i), whole));
+      }
+      std::fill(update + from, update + j + 1, 0.0);
+    }
+    const std::size_t next = first + kReflectors;
+    for (std::size_t q = 0; next < n && q < kReflectors; ++q) {
+      for (std::size_t i = next; i < padded; ++i) {
+        negative_w[q * stride + i] = -w.data[q * stride + i];
+        negative_v[q * stride + i] = -v.data[q * stride + i];
+      }
+    }
+    for (std::size_t i = next; i < padded; i += kPanel) {
+      for (std::size_t j = i; j < padded; j += kPanel) {
+        multiply_panels(v.data + i, negative_w + j, stride, 2 * kReflectors, matrix.data + i * stride + j, stride);
+      }
+    }
+  }
+}
+
+template <class T>
+constexpr MatrixKernels matrix_kernels_of() {
+  return {pack_side_by_side<T>, pack_end_to_end<T>, multiply_panels, dot_rows<T>, add_rows<T>, tridiagonalise};
+}
+
+}  // namespace
+
+#define NORMSCOPE_TABLE_NAME(isa) matrix_kernels_##isa
+#define NORMSCOPE_TABLE(isa) NORMSCOPE_TABLE_NAME(isa)
+
+extern const MatrixKernels NORMSCOPE_TABLE(NORMSCOPE_ISA)[kDTypes];
+const MatrixKernels NORMSCOPE_TABLE(NORMSCOPE_ISA)[kDTypes] = {
+    matrix_kernels_of<Float16>(),
+    matrix_kernels_of<BFloat16>(),
+    matrix_kernels_of<float>(),
+    matrix_kernels_of<double>(),
+};
+
+}  // namespace normscope

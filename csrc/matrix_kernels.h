@@ -1,0 +1,69 @@
+// The per-instruction-set kernels on matrices: panels of 16 vectors, and what a tridiagonal reduction is made of.
+//
+// A matrix is n vectors of m steps. Its vectors lie side by side in memory (step k of vector v at k * stride + v) or
+// end to end (at v * stride + k). Products are fused with their additions where the processor can, so bits may differ
+// from one instruction set to another, never from one number of threads to another.
+#pragma once
+
+#include <cstddef>
+
+#include "kernels.h"
+
+namespace normscope {
+
+inline constexpr std::size_t kPanel = 16;       // vectors of a panel, and rows and columns of a tile
+inline constexpr std::size_t kReflectors = 16;  // columns that one step of the tridiagonal reduction takes together
+
+inline constexpr std::size_t round_up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
+
+// Rows of a narrow or float64 matrix, `count` elements each, row r at data + r * stride (in elements).
+struct Rows {
+  const void* data;
+  std::size_t stride;
+  std::size_t rows;
+  std::size_t count;
+};
+
+// k float64 vectors, vector q at data + q * stride; stride is a multiple of kLanes and what lies beyond the elements is
+// 0.
+struct Vectors {
+  double* data;
+  std::size_t stride;
+  std::size_t vectors;
+};
+
+// A symmetric matrix in float64: rows at a stride that is a multiple of kPanel, padded with zeros to `padded` rows and
+// columns; only the tiles on and above the diagonal are read.
+struct Symmetric {
+  double* data;
+  std::size_t size;
+  std::size_t padded;  // round_up(size, kPanel)
+  std::size_t stride;
+};
+
+// float64 room that tridiagonalise needs beside a matrix of that stride.
+inline constexpr std::size_t tridiagonal_room(std::size_t stride) { return (4 * kReflectors + 1) * stride; }
+
+struct MatrixKernels {
+  // panel[k][v] = scale * (step k of vector v) for `length` steps and `vectors` <= kPanel vectors; 0 for the others.
+  // The scale is for float64 only.
+  void (*pack_side_by_side)(const void* data, std::size_t stride, std::size_t vectors, std::size_t length, double scale,
+                            double* panel);
+  void (*pack_end_to_end)(const void* data, std::size_t stride, std::size_t vectors, std::size_t length, double scale,
+                          double* panel);
+  // tile[i][j] += sum over k < length of left[k][i] right[k][j]; rows of the panels are `stride` apart.
+  void (*multiply_panels)(const double* left, const double* right, std::size_t stride, std::size_t length, double* tile,
+                          std::size_t tile_stride);
+  // sums[r * vectors + q] = row r . vector q
+  void (*dot_rows)(const Rows& rows, const Vectors& vectors, double* sums);
+  // vector q += sum over r of factors[r * vectors + q] row r
+  void (*add_rows)(const Rows& rows, const double* factors, const Vectors& vectors);
+  // Reduces to the tridiagonal matrix with the same eigenvalues; destroys the matrix. off_diagonal has size - 1
+  // entries.
+  void (*tridiagonalise)(const Symmetric& matrix, double* diagonal, double* off_diagonal, double* room);
+};
+
+// Kernels of the instruction set chosen for this process, for one dtype.
+const MatrixKernels& matrix_kernels(DType dtype);
+
+}  // namespace normscope

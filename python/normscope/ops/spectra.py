@@ -1,0 +1,82 @@
+"""From the eigenvalues of Gram matrices to exact spectra, whatever computed them, and what follows a failed solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from normscope.ops import reference
+from normscope.ops.contract import SolverError, Spectrum, as_matrix
+from normscope.ops.small_values import accurate_values, with_small_values
+
+_SAFE_SQUARES = (1e-100, 1e100)  # squares of singular values that can be squared once more
+
+
+def completed(matrix: Tensor, values: Tensor, gram_of: Callable[[], Tensor]) -> Spectrum:
+    """The spectrum whose values are as far as possible those read off a Gram matrix.
+
+    Args:
+        matrix: ``[rows, columns]``, finite.
+        values: float64 ``[min(rows, columns)]``, square roots of the eigenvalues, descending.
+        gram_of: makes the Gram matrix of the smaller side, where it is needed again.
+    """
+    accurate = accurate_values(values)
+    if accurate == len(values):
+        return Spectrum(values, "gram")
+    if not _SAFE_SQUARES[0] <= float(values[0]) ** 2 <= _SAFE_SQUARES[1]:
+        return reference.spectrum(matrix)
+    try:
+        return Spectrum(with_small_values(matrix, gram_of(), values, accurate), "refined")
+    except SolverError:
+        return after_failure(matrix)
+
+
+def after_failure(matrix: Tensor) -> Spectrum:
+    """The spectrum by an SVD, because another method failed."""
+    return reference.spectrum(matrix)._replace(fallback=True)
+
+
+@torch.no_grad()
+def singular_values(matrices: Sequence[Tensor]) -> list[Spectrum]:
+    """As :func:`normscope.ops.singular_values`, through ``torch.linalg`` on any device; equal sizes in one batch."""
+    ready = [_where_float64_is(as_matrix(index, matrix)) for index, matrix in enumerate(matrices)]
+    by_size: dict[tuple[int, torch.device], list[int]] = {}
+    for index, matrix in enumerate(ready):
+        by_size.setdefault((min(matrix.shape), matrix.device), []).append(index)
+    found: dict[int, Spectrum] = {}
+    for members in by_size.values():
+        found.update(zip(members, _batch([ready[index] for index in members]), strict=True))
+    return [
+        found[index]._replace(values=found[index].values.to(matrix.device)) for index, matrix in enumerate(matrices)
+    ]
+
+
+def _where_float64_is(matrix: Tensor) -> Tensor:
+    return matrix.cpu() if matrix.device.type == "mps" else matrix
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    wide = matrix.to(torch.float64)
+    return wide.T @ wide if wide.shape[0] >= wide.shape[1] else wide @ wide.T
+
+
+def _batch(matrices: Sequence[Tensor]) -> list[Spectrum]:
+    """Spectra of matrices whose smaller sides are equal."""
+    if min(matrices[0].shape) == 0:
+        return [reference.spectrum(matrix) for matrix in matrices]
+    grams = torch.stack([_gram(matrix) for matrix in matrices])
+    squares = grams.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
+    # NaN, inf, all zero and out of range: no solver is given those, some never return.
+    usable = (squares >= _SAFE_SQUARES[0]) & (squares <= _SAFE_SQUARES[1])
+    identity = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
+    try:
+        eigenvalues = torch.linalg.eigvalsh(torch.where(usable[:, None, None], grams, identity))
+    except SolverError:
+        return [after_failure(matrix) for matrix in matrices]
+    roots = eigenvalues.clamp(min=0.0).sqrt().flip(-1)
+    return [
+        completed(matrix, values, lambda gram=gram: gram) if fine else reference.spectrum(matrix)  # type: ignore[misc]
+        for matrix, values, gram, fine in zip(matrices, roots, grams, usable.tolist(), strict=True)
+    ]
