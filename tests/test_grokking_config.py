@@ -60,7 +60,7 @@ def test_max_steps_makes_no_other_run() -> None:
 
 
 def test_parse_observers() -> None:
-    assert parse_observers("all") == ("norms", "token_gradient")
+    assert parse_observers("all") == ("norms", "weight_tracking", "token_gradient")
     assert GrokConfig(observe=parse_observers("token_gradient, norms")).observe == ("norms", "token_gradient")
     assert parse_observers("none") == ()
     assert parse_observers("norms") == ("norms",)

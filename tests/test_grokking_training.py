@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -133,6 +134,9 @@ def test_records_lie_on_the_geometric_grid_and_at_the_end() -> None:
         "weight_norm/total",
         "weight_norm/embedding.weight",
         "norms/total_norm",
+        "weight_tracking/top_sv/hidden.weight",
+        "weight_tracking/effective_rank/hidden.weight",
+        "weight_tracking/grad_weight_align/hidden.bias",
         "token_gradient/gradient_gini",
         "token_gradient/stride_group_variance",
     }
@@ -179,6 +183,10 @@ def test_record_holds_the_definitions(tmp_path: Path) -> None:
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     total = sum(matrix.double().square().sum().item() for matrix in matrices) ** 0.5
     assert record["weight_norm/total"] == pytest.approx(total, rel=1e-12)
+    hidden = torch.linalg.svdvals(model.get_parameter("hidden.weight").detach().double())
+    assert record["weight_tracking/top_sv/hidden.weight"] == pytest.approx(hidden[0].item(), rel=1e-12)
+    entropy = torch.special.entr(hidden / hidden.sum()).sum().item()
+    assert record["weight_tracking/effective_rank/hidden.weight"] == pytest.approx(math.exp(entropy), rel=1e-9)
     embedding = dict(model.named_parameters())["embedding.weight"]
     assert embedding.grad is not None
     assert record["norms/norm_embedding.weight"] == pytest.approx(embedding.grad.double().norm().item(), rel=1e-12)

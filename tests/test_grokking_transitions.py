@@ -45,7 +45,7 @@ def test_staying_generalised_takes_that_many_records_in_a_row() -> None:
     assert not has_stayed_generalised(records[2:], 3)
 
 
-@pytest.mark.parametrize("observe", [(), ("norms", "token_gradient")])
+@pytest.mark.parametrize("observe", [(), ("norms", "token_gradient"), ("weight_tracking",)])
 @pytest.mark.parametrize("steps", [1, 30])
 def test_picture_is_drawn_for_any_run(observe: tuple[str, ...], steps: int, tmp_path: Path) -> None:
     config = GrokConfig(p=7, max_steps=steps, observe=observe, threads=1)

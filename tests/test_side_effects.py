@@ -59,9 +59,14 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
     return kept
 
 
+class Top(ns.WeightTracking):
+    name = "top"
+
+
 def monitored(model: nn.Module) -> None:
     weights = Doing(lambda view: view.weight_norms, "weights", ns.Reads(gradients="current", weights=True))
-    monitor = ns.Monitor(model, [ns.Norms(), ns.TokenGradient(stride=3), weights, Everywhere()])
+    tracking: list[ns.Observer] = [ns.WeightTracking(), Top(spectrum="top")]
+    monitor = ns.Monitor(model, [ns.Norms(), ns.TokenGradient(stride=3), *tracking, weights, Everywhere()])
     for point in ns.LifecyclePoint:
         record = monitor.fire(point, 0)
         assert record is not None
@@ -72,6 +77,8 @@ def monitored(model: nn.Module) -> None:
 OBSERVED: dict[str, Observed] = {
     "norms": ns.norms,
     "token_gradient": lambda model: ns.token_gradient(model, stride=3),
+    "weight_tracking": ns.weight_tracking,
+    "singular_values": lambda model: ns.singular_values([p for p in model.parameters() if p.dim() > 1]),
     "monitor": monitored,
 }
 
@@ -132,7 +139,13 @@ def test_a_monitored_run_is_the_unmonitored_run_bit_by_bit(sparse: bool, accumul
         optimizer = kind(model.parameters(), lr=0.05)
         monitor = ns.Monitor(
             model,
-            [ns.Norms(accumulate=accumulate), ns.TokenGradient(stride=3, accumulate=accumulate), Everywhere()],
+            [
+                ns.Norms(accumulate=accumulate),
+                ns.TokenGradient(stride=3, accumulate=accumulate),
+                ns.WeightTracking(),
+                Top(spectrum="top"),
+                Everywhere(),
+            ],
             optimizer=optimizer if watch else None,
         )
         losses = []
@@ -303,7 +316,9 @@ def values():
         with ns.backend(name):
             found += [ns.norms({"d": dense, "s": sparse}), ns.norms({"d": dense}), ns.norms({"e": dense[:0]}),
                       ns.token_gradient(dense, stride=3), ns.token_gradient(sparse, stride=4),
-                      dict(ns.Monitor(model, [ns.Norms(), weights()]).post_epoch(0, {"x": 1.0}))]
+                      dict(ns.Monitor(model, [ns.Norms(), weights()]).post_epoch(0, {"x": 1.0})),
+                      ns.weight_tracking(model), ns.weight_tracking({"w": dense * 1e200}, {"w": dense}),
+                      dict(ns.Monitor(model, [ns.WeightTracking()]).post_epoch(0))]
     return repr(found)
 before = values()
 torch.set_num_threads(3)

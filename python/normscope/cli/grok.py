@@ -100,7 +100,7 @@ def grok(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="What to record beside the weight norm: norms, token_gradient, all or none. Default: all.",
+            help="What to record beside the norm: norms, weight_tracking, token_gradient, all, none. Default: all.",
             show_default=False,
             rich_help_panel=_RUN,
         ),
@@ -132,7 +132,7 @@ def grok(
         ),
     ] = None,
 ) -> None:
-    """Train (a + b) mod p until the network groks, and record norms and token gradients on the way.
+    """Train (a + b) mod p until the network groks, and record norms, spectra and token gradients on the way.
 
     With the defaults this takes about half a minute: the network knows its training pairs by heart near step 150, and
     understands the rest near step 5,100, when its weight norm has come down to about 54.5.

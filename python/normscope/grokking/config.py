@@ -13,7 +13,7 @@ from normscope.errors import NormscopeError
 from normscope.observer import LoopKind
 
 ORDERINGS = ("random", "stride")
-OBSERVERS = ("norms", "token_gradient")
+OBSERVERS = ("norms", "weight_tracking", "token_gradient")
 
 _BY_MODEL: dict[str, dict[str, Any]] = {
     "mlp": {"weight_decay": 1.0, "batch_size": 0, "max_steps": 50_000},

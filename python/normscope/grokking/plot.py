@@ -1,4 +1,4 @@
-"""The picture of a run: accuracies, weight norm, and how the embedding's gradient is spread, over a log axis."""
+"""The picture of a run: accuracies, weight norm, spectra, how the embedding's gradient is spread; over a log axis."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from normscope.errors import require
 from normscope.grokking.config import GrokConfig
@@ -17,8 +17,12 @@ from normscope.record import Record
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_Style: TypeAlias = str | tuple[float, tuple[float, ...]]
+
 _TRAIN, _TEST, _NORM, _GINI = "#4C78A8", "#E4572E", "#2F4B3C", "#7B4FA3"
 _HALF, _NINE_TENTHS = "#B279A2", "#54356B"
+_MATRICES = ("#1B7F79", "#D98C21", "#6B5B95", "#C0504D", "#4F81BD", "#8A9A5B", "#A0667B", "#7F7F7F")
+_LAYERS: tuple[_Style, ...] = ("-", (0, (4, 1.5)))
 _INK, _GRID = "#333333", "#E6E6E6"
 
 
@@ -37,6 +41,8 @@ def plot_run(config: GrokConfig, records: Sequence[Record], path: str | os.PathL
     ticker = require("matplotlib.ticker", "plot")
 
     panels = [_draw_accuracies, _draw_weight_norm]
+    if "weight_tracking/mean_top_sv" in records[0]:
+        panels += [_draw_top_singular_values, _draw_effective_ranks]
     if "token_gradient/gradient_gini" in records[0]:
         panels += [_draw_gini, _draw_counts]
     figure = figure_module.Figure(figsize=(8.0, 1.0 + 1.95 * len(panels)), layout="constrained")
@@ -100,6 +106,68 @@ def _draw_weight_norm(axis: Axes, records: Sequence[Record], transitions: Transi
     _title(axis, "total weight norm")
 
 
+def _draw_top_singular_values(axis: Axes, records: Sequence[Record], transitions: Transitions) -> None:
+    _draw_matrices(axis, records, "weight_tracking/top_sv/")
+    _title(axis, "top singular value")
+    _, labels = axis.get_legend_handles_labels()
+    axis.legend(
+        loc="lower right",
+        bbox_to_anchor=(1.0, 0.985),
+        frameon=False,
+        fontsize=9,
+        labelcolor="linecolor",
+        handlelength=0.9,
+        handletextpad=0.4,
+        columnspacing=0.9,
+        borderpad=0.2,
+        ncols=max(len(labels), 1),
+    )
+
+
+def _draw_effective_ranks(axis: Axes, records: Sequence[Record], transitions: Transitions) -> None:
+    layers = _draw_matrices(axis, records, "weight_tracking/effective_rank/")
+    looks = [f"layer {layer} {look}" for layer, look in zip(layers, ("solid", "dashed"), strict=False)]
+    _title(axis, ", ".join(["effective rank", *looks]) if len(layers) > 1 else "effective rank")
+
+
+def _draw_matrices(axis: Axes, records: Sequence[Record], prefix: str) -> Sequence[int]:
+    """One line a matrix: its colour says what it is in its layer, its dashes which layer; return the layers."""
+    names = [key.removeprefix(prefix) for key in records[0] if key.startswith(prefix)]
+    colors = dict(zip(dict.fromkeys(map(_role, names)), _MATRICES, strict=False))
+    layers = sorted({layer for layer in map(_layer, names) if layer is not None})
+    labelled = set()
+    for name in names:
+        role, layer = _role(name), _layer(name)
+        if role in colors:
+            style = "-" if layer is None else _LAYERS[layers.index(layer) % len(_LAYERS)]
+            _line(axis, records, prefix + name, "_" if role in labelled else role, colors[role], style)
+            labelled.add(role)
+    _spread(axis, [record[prefix + name] for name in names for record in records if prefix + name in record])
+    return layers
+
+
+def _spread(axis: Axes, values: Sequence[float]) -> None:
+    """A log axis where the values differ by more than a factor of 3."""
+    positive = [value for value in values if 0 < value < math.inf]
+    if positive and max(positive) > 3 * min(positive):
+        ticker = require("matplotlib.ticker", "plot")
+        subs = (1, 2, 5) if max(positive) > 10 * min(positive) else (1, 2, 3, 5, 7)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=subs))
+        axis.yaxis.set_minor_locator(ticker.NullLocator())
+        axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _role(name: str) -> str:
+    """What a matrix is within its layer: ``layers.1.self_attn.in_proj_weight`` -> ``in_proj``."""
+    return name.removesuffix("weight").rstrip("._").rpartition(".")[2] or name
+
+
+def _layer(name: str) -> int | None:
+    """The number in a parameter's name, if there is one."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
 def _draw_gini(axis: Axes, records: Sequence[Record], transitions: Transitions) -> None:
     _line(axis, records, "token_gradient/gradient_gini", "Gini", _GINI)
     axis.set_ylim(bottom=0)
@@ -114,9 +182,9 @@ def _draw_counts(axis: Axes, records: Sequence[Record], transitions: Transitions
     _legend(axis, "best")
 
 
-def _line(axis: Axes, records: Sequence[Record], key: str, label: str, color: str) -> None:
-    steps, values = zip(*((record.step, record[key]) for record in records), strict=True)
-    axis.plot(steps, values, color=color, linewidth=1.8, solid_capstyle="round", label=label)
+def _line(axis: Axes, records: Sequence[Record], key: str, label: str, color: str, style: _Style = "-") -> None:
+    steps, values = zip(*((record.step, record[key]) for record in records if key in record), strict=True)
+    axis.plot(steps, values, color=color, linewidth=1.8, linestyle=style, solid_capstyle="round", label=label)
 
 
 def _legend(axis: Axes, place: Literal["upper left", "best"]) -> None:

@@ -21,7 +21,7 @@ from normscope.grokking.task import random_stream
 from normscope.grokking.trainer import Trainer
 from normscope.grokking.transitions import Transitions, find_transitions, has_stayed_generalised
 from normscope.monitor import Monitor
-from normscope.observers import Norms, TokenGradient
+from normscope.observers import Norms, TokenGradient, WeightTracking
 from normscope.record import Record
 from normscope.sinks import JSONL, read_records
 
@@ -157,7 +157,7 @@ def _why_stop(trainer: Trainer, records: Sequence[Record]) -> Stop | None:
 
 
 def _monitor(trainer: Trainer, sinks: list[Any]) -> Monitor:
-    available = {"norms": Norms, "token_gradient": TokenGradient}
+    available = {"norms": Norms, "weight_tracking": WeightTracking, "token_gradient": TokenGradient}
     return Monitor(
         trainer.model,
         observers=[WeightNorm(), *(available[name]() for name in trainer.config.observe)],
