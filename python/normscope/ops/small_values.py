@@ -35,7 +35,7 @@ def accurate_values(values: Tensor, largest: Tensor | None = None) -> int:
     if values[-1] >= 3e-3 * top:
         return count
     # Small eigenvalues were seen off by at most sqrt(n) u / 8 beside the largest, n from 16 to 768.
-    off = (count**0.5 * _ROUNDING / 2) * values[0].square() / values
+    off = (count**0.5 * _ROUNDING / 2) * values[0] * (values[0] / values)
     share = values / (values.sum() + (0.0 if largest is None else largest))
     entropy_off = (off / values * share * (1.0 - share.log())).nan_to_num(torch.inf).cumsum(0)
     fine = (off <= _VALUE_BOUND * top) & (entropy_off <= _ENTROPY_BOUND)

@@ -11,7 +11,8 @@ from normscope.ops import reference
 from normscope.ops.contract import SolverError, Spectrum, as_matrix
 from normscope.ops.small_values import accurate_values, with_small_values
 
-_SAFE_SQUARES = (1e-100, 1e100)  # squares of singular values that can be squared once more
+# Singular values whose fourth powers float64 holds.
+_SMALLEST, _LARGEST = 1e-50, 1e50
 
 
 def completed(matrix: Tensor, values: Tensor, gram_of: Callable[[], Tensor]) -> Spectrum:
@@ -25,7 +26,7 @@ def completed(matrix: Tensor, values: Tensor, gram_of: Callable[[], Tensor]) -> 
     accurate = accurate_values(values)
     if accurate == len(values):
         return Spectrum(values, "gram")
-    if not _SAFE_SQUARES[0] <= float(values[0]) ** 2 <= _SAFE_SQUARES[1]:
+    if not _SMALLEST <= float(values[0]) <= _LARGEST:
         return reference.spectrum(matrix)
     try:
         return Spectrum(with_small_values(matrix, gram_of(), values, accurate), "refined")
@@ -69,7 +70,7 @@ def _batch(matrices: Sequence[Tensor]) -> list[Spectrum]:
     grams = torch.stack([_gram(matrix) for matrix in matrices])
     squares = grams.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
     # NaN, inf, all zero and out of range: no solver is given those, some never return.
-    usable = (squares >= _SAFE_SQUARES[0]) & (squares <= _SAFE_SQUARES[1])
+    usable = (squares >= _SMALLEST**2) & (squares <= _LARGEST**2)
     identity = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
     try:
         eigenvalues = torch.linalg.eigvalsh(torch.where(usable[:, None, None], grams, identity))
