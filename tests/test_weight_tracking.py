@@ -443,6 +443,21 @@ def test_one_observer_for_two_models(computed: list[int]) -> None:
     assert computed == [1] * 8
 
 
+def test_a_model_that_grows(computed: list[int]) -> None:
+    model = nn.Module()
+    model.register_module("first", None)
+    model.second = nn.Linear(3, 3)
+    observer = ns.WeightTracking(align=False)
+    recorded(model, observer)
+    model.first = nn.Linear(2, 2)
+    assert list(recorded(model, observer))[6:8] == ["weight_norm/first.weight", "weight_norm/first.bias"]
+    recorded(model, observer)
+    assert computed == [1, 1]
+    del model.first
+    assert recorded(model, observer) == pytest.approx(ns.weight_tracking(model), nan_ok=True)
+    assert computed == [1, 1, 1]
+
+
 def test_weights_made_for_inference_are_read_each_time(computed: list[int]) -> None:
     with torch.inference_mode():
         model = nn.Linear(4, 3)
@@ -715,9 +730,17 @@ def test_values_that_stay_on_their_device(monkeypatch: pytest.MonkeyPatch) -> No
         "zero": torch.zeros(2, 2),
         "nan": torch.full((2, 2), math.nan),
         "b": normal(5),
+        "large": torch.full((2,), 3e200, dtype=torch.float64),
     }
     grads = {"a": normal(9, 7, seed=4), "zero": torch.ones(2, 2)}
-    cases: list[dict[str, Any]] = [{}, {"total": "l2"}, {"include": "b"}, {"include": "nan"}, {"include": "zero"}]
+    cases: list[dict[str, Any]] = [
+        {},
+        {"total": "l2"},
+        {"include": "b"},
+        {"exclude": "large", "total": "l2"},
+        {"include": "nan"},
+        {"include": "zero"},
+    ]
     expected = [ns.weight_tracking(weights, grads, **options) for options in cases]
     none = ns.weight_tracking({})
     top = recorded(nn.ParameterDict(weights), ns.WeightTracking(align=False, spectrum="top"))

@@ -184,7 +184,9 @@ def _draw_counts(axis: Axes, records: Sequence[Record], transitions: Transitions
 
 def _line(axis: Axes, records: Sequence[Record], key: str, label: str, color: str, style: _Style = "-") -> None:
     steps, values = zip(*((record.step, record[key]) for record in records if key in record), strict=True)
-    axis.plot(steps, values, color=color, linewidth=1.8, linestyle=style, solid_capstyle="round", label=label)
+    (line,) = axis.plot(steps, values, color=color, linewidth=1.8, linestyle=style, solid_capstyle="round", label=label)
+    if len(steps) == 1:
+        line.set(marker="o", markersize=5, clip_on=False)
 
 
 def _legend(axis: Axes, place: Literal["upper left", "best"]) -> None:
