@@ -28,9 +28,15 @@ law = settings(
 )
 
 
+@pytest.fixture(autouse=True)
+def smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices need not be as large as those for which the warm path pays."""
+    monkeypatch.setattr(module, "SMALL", 64)
+
+
 @pytest.fixture
-def no_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small matrices take the warm path as well."""
+def no_small(smaller: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every matrix may take the warm path."""
     monkeypatch.setattr(module, "SMALL", 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,8 @@ PASS_ROUNDING = 1e-13
 
 #: Most singular values of the reference that are compared with Ritz values.
 COMPARED = 24
+#: Row k: which i are at most k.
+_UP_TO = np.tri(COMPARED)
 #: Candidates for (y - t_1) / t_1.
 _ABOVE = 2.0 ** np.arange(1.0, -43.0, -0.5)
 
@@ -125,19 +128,25 @@ class Drift:
         """Whether A may be R or -R, as far as the pass can tell."""
         return self.square + self.reference_square - 2.0 * self.dot <= 4.0 * PASS_ROUNDING * self.square
 
-    def outside(self, squares: Floats) -> Floats:
-        """c^2 of step 2 for k = 1 .. min(q, COMPARED), given Ritz values ``squares``, ``[q]``."""
-        inside = np.sqrt(np.maximum(squares[:COMPARED] - self.rounding, 0.0))
-        count = len(inside)
-        values, beyond = self.singular_values[:count], self.singular_values[1 : count + 1]
+    @cached_property
+    def _scaled(self) -> tuple[Floats, Floats, Floats, Floats]:
+        """For k = 1 .. COMPARED an a, as a s_i, a s_{k+1}, ||A - a R||_F^2 and how wrong the pass may have that."""
+        beyond = self.singular_values[1:]
         # Every a serves; this one makes a s_{k+1} + ||A - a R||_F least.
         least = math.sqrt(max(self.square - self.scale * self.dot, 0.0))
         tilt = beyond / np.sqrt(self.reference_square * np.maximum(self.reference_square - beyond**2, beyond**2))
         scales = np.maximum(self.scale - least * tilt, 0.0)
         distances = self.square - 2.0 * scales * self.dot + scales**2 * self.reference_square
         unsure = PASS_ROUNDING * (math.sqrt(self.square) + scales * math.sqrt(self.reference_square)) ** 2
-        used = np.tril(np.maximum(inside - scales[:, None] * values, 0.0) ** 2).sum(axis=1)
-        bounds: Floats = (scales * beyond + np.sqrt(np.maximum(distances - used, 0.0) + unsure)) ** 2 + self.rounding
+        return scales[:, None] * self.singular_values[:-1], scales * beyond, distances, unsure
+
+    def outside(self, squares: Floats) -> Floats:
+        """c^2 of step 2 for k = 1 .. min(q, COMPARED), given Ritz values ``squares``, ``[q]``."""
+        inside = np.sqrt(np.maximum(squares[:COMPARED] - self.rounding, 0.0))
+        count = len(inside)
+        values, beyond, distances, unsure = (part[:count] for part in self._scaled)
+        used = (np.maximum(inside - values[:, :count], 0.0) ** 2 * _UP_TO[:count, :count]).sum(axis=1)
+        bounds: Floats = (beyond + np.sqrt(np.maximum(distances - used, 0.0) + unsure)) ** 2 + self.rounding
         return bounds
 
     def above(self, ritz: Ritz) -> float:
@@ -147,7 +156,7 @@ class Drift:
         outside = self.outside(squares)
         count = len(outside)
         over = squares[:count] - outside[:, None]
-        leaks = np.tril(energies[:count] / np.where(over > 0.0, over, np.inf)).sum(axis=1)
+        leaks = (energies[:count] / np.where(over > 0.0, over, np.inf) * _UP_TO[:count, :count]).sum(axis=1)
         rest[:count] = np.minimum(rest[:count], np.where(over.diagonal() > 0.0, outside + leaks, np.inf))
         candidates = squares[0] * (1.0 + _ABOVE)[:, None]
         holds = (candidates - rest >= np.cumsum(energies / (candidates - squares), axis=1)).any(axis=1)

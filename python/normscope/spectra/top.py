@@ -17,8 +17,8 @@ from normscope.spectra.block_lanczos import COMPARED, ROUNDING, BlockLanczos, Dr
 
 __all__ = ["Memory", "Top", "TopSingularValues", "TopState", "top", "top_singular_value"]
 
-#: Up to this many columns the exact path is as fast.
-SMALL = 64
+#: Up to this many columns, or rows if there are fewer, the exact path is as fast.
+SMALL = 128
 #: Relative error of the exact path's largest singular value, and of the others relative to it.
 _EXACT_ROUNDING = 1e-12
 #: Fourth powers of norms in this range, and of what is left of them after rounding, are float64 numbers.
@@ -93,11 +93,11 @@ class TopSingularValues(NamedTuple):
 class TopState:
     """What :func:`top_singular_value` leaves for its next call, by position in the list of matrices.
 
-    Holds a copy of each matrix with more than 64 rows and columns, in its dtype and on its device.
+    Holds a copy of each matrix with more than 128 rows and columns, in its dtype and on its device.
 
     Example:
         >>> import torch, normscope as ns
-        >>> weight, state = torch.eye(100), ns.TopState()
+        >>> weight, state = torch.eye(200), ns.TopState()
         >>> weight[0, 0] = 9.0
         >>> ns.top_singular_value([weight], state).methods, ns.top_singular_value([weight * 1.01], state).methods
         (['exact'], ['warm'])
