@@ -610,7 +610,7 @@ def test_parametrised_weights() -> None:
 
 def test_nothing_keeps_a_dead_model_alive() -> None:
     observers = [ns.WeightTracking(align=False), ns.WeightTracking(align=False, spectrum="top")]
-    model = nn.Linear(80, 80)
+    model = nn.Linear(300, 200)
     for observer in observers:
         recorded(model, observer)
     parameter, storage = weakref.ref(model.weight), weakref.ref(model.weight.untyped_storage())
@@ -633,12 +633,12 @@ def test_observers_can_be_copied_and_pickled() -> None:
 
 def test_top_singular_values_with_bounds() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(90, 70), nn.Linear(70, 3))
+    model = nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     monitor = ns.Monitor(model, [ns.WeightTracking(spectrum="top", tolerance=1e-6)])
     for epoch in range(4):
         optimizer.zero_grad()
-        model(torch.randn(5, 90)).square().mean().backward()
+        model(torch.randn(5, 300)).square().mean().backward()
         optimizer.step()
         record = monitor.post_epoch(epoch)
         assert record is not None
@@ -664,7 +664,7 @@ def test_unchanged_weights_keep_their_bounds(monkeypatch: pytest.MonkeyPatch) ->
         return top(matrices, memories, tolerance)
 
     monkeypatch.setattr("normscope.metrics.weight_tracking.top", counting)
-    model = nn.Sequential(nn.Linear(80, 80), nn.Linear(80, 80))
+    model = nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 200))
     observer = ns.WeightTracking(align=False, spectrum="top")
     first = recorded(model, observer)
     assert first == recorded(model, observer)
