@@ -25,7 +25,7 @@ class Compare(Protocol):
         against: str,
         target: float,
         figure: Literal["time ratio", "speed-up"] = "time ratio",
-        times: int = 1,
+        times: float = 1,
         rounds: int = 101,
     ) -> Timing: ...
 
@@ -42,7 +42,7 @@ def compare(benchmark: Any) -> Compare:
         against: str,
         target: float,
         figure: Literal["time ratio", "speed-up"] = "time ratio",
-        times: int = 1,
+        times: float = 1,
         rounds: int = 101,
     ) -> Timing:
         timing = alternate(ours, theirs, rounds=rounds)

@@ -303,7 +303,7 @@ def test_what_has_no_spectrum_is_refused(path: Path) -> None:
         path([good, good, torch.ones(3, 3, dtype=torch.int64)])
     assert caught.value.index == 2
     with pytest.raises(UnsupportedTensorError, match="to_dense"):
-        path([good.to_sparse_coo()])
+        path([good.to_sparse_coo()])  # type: ignore[no-untyped-call]
     with pytest.raises(UnsupportedTensorError, match="meta"):
         path([torch.ones(3, 3, device="meta")])
 

@@ -1,14 +1,16 @@
 """Singular values too small to be read off a Gram matrix, from the matrix itself, without a float64 copy of it.
 
-An eigenvalue of the Gram matrix G of A is off by about u s_1^2 (u is float64's rounding, s_1 the largest singular
-value), a singular value s therefore by u s_1^2 / (2 s). Where that is too much, A is multiplied by the eigenvectors V
-of the small eigenvalues: the singular values of A V are those of A that are missing, its largest is small, and so its
+An eigenvalue of the Gram matrix G of A is off by a few u |G| (u is float64's rounding, |G| the Frobenius norm), a
+singular value s therefore by that over 2 s. Where that is too much, A is multiplied by the eigenvectors V of the small
+eigenvalues: the singular values of A V are those of A that are missing, its largest is small, and so its
 own Gram matrix holds them to a few more digits. What is missing then is found in the same way. What V holds of the
 other right singular vectors, about u s_1^2 / s_j^2 of the j-th, adds u s_1^2 / s_j to A V, no more than the error of
 s_j that was accepted.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ _ROUNDING = torch.finfo(torch.float64).eps / 2
 #: Half of what is promised: the error of a singular value over the largest, and that of the entropy of the spectrum.
 _VALUE_BOUND, _ENTROPY_BOUND = 5e-11, 5e-9
 _FLOOR = 4 * _ROUNDING  # of the largest: what float64 arithmetic on A leaves of a zero
+_SHRINKS_BY, _STEPS = 1 / 32, 7  # what inverse iteration leaves of a foreign eigenvector: 3e-11
 _ROW_BLOCK = 1 << 20  # float64 elements of A at once
 
 
@@ -32,10 +35,11 @@ def accurate_values(values: Tensor, largest: Tensor | None = None) -> int:
     if count == 0 or values[0] == 0.0:
         return count
     top = values[0] if largest is None else largest
-    if values[-1] >= 3e-3 * top:
+    if values[-1] >= 3e-2 * top:
         return count
-    # Small eigenvalues were seen off by at most sqrt(n) u / 8 beside the largest, n from 16 to 768.
-    off = (count**0.5 * _ROUNDING / 2) * values[0] * (values[0] / values)
+    # Small eigenvalues were seen off by up to 8 u times the Frobenius norm of the Gram matrix; 16 leaves room.
+    relative = values / values[0]
+    off = (8 * _ROUNDING) * values[0] * torch.linalg.vector_norm(relative.square()) / relative
     share = values / (values.sum() + (0.0 if largest is None else largest))
     entropy_off = (off / values * share * (1.0 - share.log())).nan_to_num(torch.inf).cumsum(0)
     fine = (off <= _VALUE_BOUND * top) & (entropy_off <= _ENTROPY_BOUND)
@@ -55,17 +59,37 @@ def with_small_values(matrix: Tensor, gram: Tensor, values: Tensor, accurate: in
         float64 ``[n]``, descending.
     """
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-    largest, found = values[0], [values[:accurate]]
-    basis = torch.linalg.eigh(gram).eigenvectors[:, : len(values) - accurate]
+    largest, found, missing = values[0], [values[:accurate]], len(values) - accurate
+    basis = _small_eigenvectors(gram, values, missing)
     while True:
         eigenvalues, rotation = torch.linalg.eigh(_gram_of_product(tall, basis))
-        rest = eigenvalues.clamp(min=0.0).sqrt().flip(0)
+        rest = eigenvalues[:missing].clamp(min=0.0).sqrt().flip(0)
         negligible = bool(rest[0] <= _FLOOR * largest)
-        kept = len(rest) if negligible else max(accurate_values(rest, largest), 1)
+        kept = missing if negligible else max(accurate_values(rest, largest), 1)
         found.append(rest[:kept])
-        if kept == len(rest):
+        if kept == missing:
             return torch.cat(found).sort(descending=True).values
-        basis = basis @ rotation[:, : len(rest) - kept]
+        missing -= kept
+        basis = basis @ rotation[:, :missing]
+
+
+def _small_eigenvectors(gram: Tensor, values: Tensor, count: int) -> Tensor:
+    """An orthonormal basis, ``[n, count or more]``, of a space that holds the eigenvectors of the smallest ones."""
+    size = len(values)
+    shift = 16 * _ROUNDING * torch.linalg.vector_norm(values.square())  # keeps the matrix positive definite
+    shifted = values.square() + shift
+    # Inverse iteration on a block is right where the eigenvalues beyond it are so much larger that few steps do.
+    apart = (shifted[: size - count] >= shifted[size - count] / _SHRINKS_BY).nonzero()
+    block = size - int(apart[-1]) - 1 if len(apart) else size
+    if block > size // 8:
+        _, eigenvectors = torch.linalg.eigh(gram)
+        return cast(Tensor, eigenvectors[:, :count])
+    factor = torch.linalg.cholesky(gram + shift * torch.eye(size, dtype=gram.dtype, device=gram.device))
+    start = torch.randn(size, block, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    basis = start.to(gram.device)
+    for _ in range(_STEPS):
+        basis = torch.linalg.qr(torch.cholesky_solve(basis, factor)).Q
+    return basis
 
 
 def _gram_of_product(tall: Tensor, basis: Tensor) -> Tensor:
