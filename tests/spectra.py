@@ -18,7 +18,8 @@ def with_spectrum(
     size = min(rows, columns)
     sides = [torch.randn(extent, size, generator=generator, dtype=torch.float64) for extent in (rows, columns)]
     left, right = (torch.linalg.qr(side).Q for side in sides)
-    return ((left * values) @ right.T).to(dtype)
+    matrix: Tensor = (left * values) @ right.T
+    return matrix.to(dtype)
 
 
 def singular_values_by_scipy(matrix: Tensor) -> Tensor:

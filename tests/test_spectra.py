@@ -89,16 +89,19 @@ def step(size: int, share: float, low: float) -> Tensor:
     return torch.where(torch.arange(size) < max(1, int(share * size)), 1.0, low).double()
 
 
+def one_large(low: float) -> Callable[[int], Tensor]:
+    return lambda size: step(size, 0, low)
+
+
 HARD: dict[str, Callable[[int], Tensor]] = {
     "twelve_decades": lambda n: decades(n, 12),
     "seven_decades": lambda n: decades(n, 7),
     "four_decades": lambda n: decades(n, 4),
     "fifteen_decades": lambda n: decades(n, 15),
-    "rank_one": lambda n: step(n, 0, 0.0),
     "half_rank": lambda n: step(n, 0.5, 0.0),
     "two_clusters": lambda n: step(n, 0.5, 1e-5),
     "all_equal": lambda n: torch.ones(n, dtype=torch.float64),
-    **{f"one_large_{low:g}": (lambda n, low=low: step(n, 0, low)) for low in (1e-2, 1e-3, 1e-4, 3e-5, 1e-6, 1e-9)},
+    **{f"one_large_{low:g}": one_large(low) for low in (0.0, 1e-2, 1e-3, 1e-4, 3e-5, 1e-6, 1e-9)},
 }
 
 
