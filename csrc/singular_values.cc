@@ -4,14 +4,15 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
 
 #include "threads.h"
+#include "tridiagonal.h"
 
 namespace normscope {
 namespace {
 
 constexpr std::size_t kWaveBytes = std::size_t{64} << 20;
+constexpr std::size_t kTogether = 4;  // tridiagonal matrices that one thread solves side by side
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // Squares of singular values that neither overflow nor vanish when they are squared once more.
@@ -46,67 +47,104 @@ double largest_square(const Symmetric& gram) {
   return largest;
 }
 
-SpectrumStatus spectrum_of(const Symmetric& gram, double scale, double* values) {
-  const std::size_t n = gram.size;
-  thread_local AlignedRoom kept;
-  const std::size_t size = tridiagonal_room(gram.stride);
-  double* room = kept.at_least(size + n);
-  double* off_diagonal = room + size;
-  matrix_kernels(DType::float64).tridiagonalise(gram, values, off_diagonal, room);
-  if (!tridiagonal_eigenvalues(values, off_diagonal, n)) {
-    std::fill(values, values + n, kNaN);
-    return SpectrumStatus::failed;
+// A matrix on the way from its Gram matrix to its singular values.
+struct Problem {
+  Matrix matrix;
+  double* values;
+  SymmetricRoom gram;
+  std::vector<double> off_diagonal;
+  SpectrumStatus status = SpectrumStatus::complete;
+  bool done = false;
+
+  void end(SpectrumStatus with, double value) {  // all singular values are this one
+    std::fill(values, values + matrix.vectors, value);
+    status = with;
+    done = true;
   }
-  std::reverse(values, values + n);
-  for (std::size_t i = 0; i < n; ++i) values[i] = std::sqrt(std::max(values[i], 0.0)) / scale;
-  return SpectrumStatus::complete;
+};
+
+// Whether the Gram matrix is fit for a solver; made again from scaled elements where they are out of range.
+bool bring_into_range(Problem& problem) {
+  const double square = largest_square(problem.gram.view());
+  if (square >= kSmallestSquare && square <= kLargestSquare) return true;
+  const Extent extent = extent_of(problem.matrix);
+  if (!extent.finite || extent.largest == 0.0) {
+    problem.end(extent.finite ? SpectrumStatus::complete : SpectrumStatus::nonfinite, extent.finite ? 0.0 : kNaN);
+    return false;
+  }
+  // Only float64 elements can be out of range: once more with the largest of them near 1.
+  problem.matrix.scale = std::ldexp(1.0, -std::clamp(std::ilogb(extent.largest), -1022, 1022));
+  std::vector<SymmetricRoom> again;
+  again.emplace_back(problem.matrix.vectors);
+  gram({problem.matrix}, again, 1);
+  problem.gram = std::move(again[0]);
+  return true;
 }
 
-SpectrumStatus finish(Matrix matrix, std::vector<SymmetricRoom>& room, double* values) {
-  const std::size_t n = matrix.vectors;
-  const double square = largest_square(room[0].view());
-  if (square >= kSmallestSquare && square <= kLargestSquare) return spectrum_of(room[0].view(), 1.0, values);
-  const Extent extent = extent_of(matrix);
-  std::fill(values, values + n, extent.finite ? 0.0 : kNaN);
-  if (!extent.finite) return SpectrumStatus::nonfinite;
-  if (extent.largest == 0.0) return SpectrumStatus::complete;
-  // Out of range, which only float64 elements can be: once more with the largest of them near 1.
-  matrix.scale = std::ldexp(1.0, -std::clamp(std::ilogb(extent.largest), -1022, 1022));
-  room[0] = SymmetricRoom(n);
-  gram({matrix}, room, 1);
-  return spectrum_of(room[0].view(), matrix.scale, values);
+void tridiagonalise(Problem& problem) {
+  if (problem.matrix.vectors == 0) return problem.end(SpectrumStatus::complete, 0.0);
+  if (!bring_into_range(problem)) return;
+  thread_local AlignedRoom kept;
+  const Symmetric gram = problem.gram.view();
+  problem.off_diagonal.resize(gram.size);
+  matrix_kernels(DType::float64)
+      .tridiagonalise(gram, problem.values, problem.off_diagonal.data(), kept.at_least(tridiagonal_room(gram.stride)));
+  problem.gram = SymmetricRoom(0);
+}
+
+void solve(Problem* const* problems, std::size_t count) {
+  std::vector<Tridiagonal> matrices(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    matrices[i] = {problems[i]->values, problems[i]->off_diagonal.data(), problems[i]->matrix.vectors, false};
+  }
+  tridiagonal_eigenvalues(matrices.data(), count);
+  for (std::size_t i = 0; i < count; ++i) {
+    Problem& problem = *problems[i];
+    double *first = problem.values, *last = first + problem.matrix.vectors;
+    if (!matrices[i].converged) {
+      problem.end(SpectrumStatus::failed, kNaN);
+      continue;
+    }
+    std::reverse(first, last);
+    std::transform(first, last, first,
+                   [&](double square) { return std::sqrt(std::max(square, 0.0)) / problem.matrix.scale; });
+  }
 }
 
 }  // namespace
 
 std::vector<SpectrumStatus> singular_values(const std::vector<Matrix>& matrices, const std::vector<double*>& values,
                                             int threads) {
-  std::vector<SpectrumStatus> results(matrices.size(), SpectrumStatus::complete);
-  for (std::size_t start = 0; start < matrices.size();) {
-    std::vector<Matrix> wave;
+  std::vector<SpectrumStatus> statuses(matrices.size(), SpectrumStatus::complete);
+  for (std::size_t start = 0, end = 0; start < matrices.size(); start = end) {
     std::vector<SymmetricRoom> grams;
-    std::size_t end = start, bytes = 0;
-    for (; end < matrices.size() && (end == start || bytes < kWaveBytes); ++end) {
+    for (std::size_t bytes = 0; end < matrices.size() && (end == start || bytes < kWaveBytes); ++end) {
       bytes += matrices[end].vectors * matrices[end].vectors * sizeof(double);
-      wave.push_back(matrices[end]);
       grams.emplace_back(matrices[end].vectors);
     }
-    gram(wave, grams, threads);
+    const auto offset = [&](std::size_t index) { return matrices.begin() + static_cast<std::ptrdiff_t>(index); };
+    gram({offset(start), offset(end)}, grams, threads);
 
-    std::vector<std::size_t> order(wave.size());
-    std::iota(order.begin(), order.end(), std::size_t{0});
+    std::vector<Problem> problems;
+    for (std::size_t i = start; i < end; ++i)
+      problems.push_back({matrices[i], values[i], std::move(grams[i - start]), {}});
+    std::vector<Problem*> order;
+    for (Problem& problem : problems) order.push_back(&problem);
     std::stable_sort(order.begin(), order.end(),
-                     [&](std::size_t a, std::size_t b) { return wave[a].vectors > wave[b].vectors; });
-    auto solve = [&](std::size_t position) {
-      const std::size_t index = order[position];
-      std::vector<SymmetricRoom> room;
-      room.push_back(std::move(grams[index]));
-      if (wave[index].vectors > 0) results[start + index] = finish(wave[index], room, values[start + index]);
+                     [](const Problem* a, const Problem* b) { return a->matrix.vectors > b->matrix.vectors; });
+    auto reduce = [&](std::size_t index) { tridiagonalise(*order[index]); };
+    parallel_for(order.size(), threads, reduce);
+
+    std::erase_if(order, [](const Problem* problem) { return problem->done; });
+    const std::size_t workers = static_cast<std::size_t>(std::max(threads, 1));
+    const std::size_t together = std::clamp<std::size_t>((order.size() + workers - 1) / workers, 1, kTogether);
+    auto solve_some = [&](std::size_t job) {
+      solve(order.data() + job * together, std::min(together, order.size() - job * together));
     };
-    parallel_for(wave.size(), threads, solve);
-    start = end;
+    parallel_for((order.size() + together - 1) / together, threads, solve_some);
+    for (std::size_t i = start; i < end; ++i) statuses[i] = problems[i - start].status;
   }
-  return results;
+  return statuses;
 }
 
 }  // namespace normscope

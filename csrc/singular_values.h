@@ -14,10 +14,6 @@ enum class SpectrumStatus : int {
   failed,     // the eigenvalue iteration did not converge; the values are NaN
 };
 
-// Eigenvalues of a symmetric tridiagonal matrix, ascending, in place of its diagonal; destroys the off-diagonal, of
-// size - 1 entries. False where the iteration does not converge.
-bool tridiagonal_eigenvalues(double* diagonal, double* off_diagonal, std::size_t size);
-
 // values[i] receives the matrices[i].vectors singular values, descending: square roots of the eigenvalues of the Gram
 // matrix, each off by about u sigma_1^2 / (2 sigma), u being float64's rounding, and no less than 0.
 std::vector<SpectrumStatus> singular_values(const std::vector<Matrix>& matrices, const std::vector<double*>& values,

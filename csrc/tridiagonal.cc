@@ -1,11 +1,14 @@
-// Eigenvalues of a symmetric tridiagonal matrix by the QL iteration without square roots of Pal, Walker and Kahan
-// (Parlett, The Symmetric Eigenvalue Problem, section 8.15), on squares of the off-diagonal entries.
+// The QL iteration without square roots of Pal, Walker and Kahan (Parlett, The Symmetric Eigenvalue Problem, section
+// 8.15), on squares of the off-diagonal entries. A sweep is one long chain of divisions in which each waits for the one
+// before, so sweeps of up to four matrices run side by side.
+#include "tridiagonal.h"
+
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
-#include <numeric>
-
-#include "singular_values.h"
+#include <utility>
+#include <vector>
 
 namespace normscope {
 namespace {
@@ -13,85 +16,134 @@ namespace {
 constexpr double kHalfUlp = std::numeric_limits<double>::epsilon() / 2;
 constexpr std::size_t kSweepsEach = 50;  // two are usual
 
-// One block [first, last] whose off-diagonal entries are all there. d is the diagonal, b the squared off-diagonal.
+// One matrix on its way; d is the diagonal and b the squared off-diagonal.
 class Iteration {
  public:
-  Iteration(double* d, double* b, std::size_t sweeps) : d_(d), b_(b), sweeps_(sweeps) {}
-
-  bool solve(std::size_t first, std::size_t last) {
-    while (first < last) {
-      std::size_t end = first;
-      while (end < last && !negligible(end)) ++end;
-      if (end < last) b_[end] = 0.0;
-      if (end == first) {
-        ++first;  // d[first] is an eigenvalue
-      } else if (sweeps_-- == 0) {
-        return false;
-      } else {
-        sweep(first, end);
-      }
+  explicit Iteration(Tridiagonal& matrix) : matrix_(&matrix), d_(matrix.diagonal), b_(matrix.off_diagonal) {
+    const std::size_t size = matrix.size;
+    matrix.converged = false;
+    for (std::size_t i = 0; i + 1 < size; ++i) b_[i] *= b_[i];
+    // The iteration finds eigenvalues from the first entry on and wants the small ones there.
+    if (size > 0 && std::fabs(d_[size - 1]) < std::fabs(d_[0])) {
+      std::reverse(d_, d_ + size);
+      std::reverse(b_, b_ + size - 1);
     }
-    return true;
+    sweeps_left_ = kSweepsEach * size;
+  }
+
+  // Prepares the next sweep; false when none is needed any more, or too many were.
+  bool begin_sweep() {
+    while (first_ + 1 < matrix_->size) {
+      std::size_t last = first_;
+      while (last + 1 < matrix_->size && !negligible(last)) ++last;
+      if (last == first_) {
+        ++first_;  // d[first] is an eigenvalue
+        continue;
+      }
+      if (sweeps_left_-- == 0) return false;
+      start(last);
+      return true;
+    }
+    finish();
+    return false;
+  }
+
+  std::size_t steps_left() const { return i_ - first_; }
+
+  void step() {
+    const double b = b_[i_ - 1], r = p_ + b;
+    b_[i_] = s_ * r;  // for the first step s is 0, and so is this entry: the block ends here
+    --i_;
+    // The cosine is p / r and the sine b / r. Gamma is divided once, so that no division waits for another.
+    const double old_gamma = gamma_, next = d_[i_];
+    s_ = b / r;
+    gamma_ = (p_ * (next - sigma_) - b * old_gamma) / r;
+    d_[i_ + 1] = old_gamma + (next - gamma_);
+    const double next_p = p_ != 0.0 ? gamma_ * gamma_ * (r / p_) : b * (previous_p_ / previous_r_);
+    previous_p_ = p_;
+    previous_r_ = r;
+    p_ = next_p;
+  }
+
+  void end_sweep() {
+    b_[first_] = s_ * p_;
+    d_[first_] = sigma_ + gamma_;
   }
 
  private:
   bool negligible(std::size_t i) const { return b_[i] <= kHalfUlp * kHalfUlp * std::fabs(d_[i] * d_[i + 1]); }
 
-  // The eigenvalue of the leading 2 x 2 block that is nearer to its first entry (Wilkinson).
-  double shift(std::size_t first) const {
-    const double root = std::sqrt(b_[first]);
-    const double half_gap = (d_[first + 1] - d_[first]) / (2.0 * root);
-    return d_[first] - root / (half_gap + std::copysign(std::hypot(half_gap, 1.0), half_gap));
+  void start(std::size_t last) {
+    // The shift is the eigenvalue of the leading 2 x 2 block that is nearer to its first entry (Wilkinson).
+    const double root = std::sqrt(b_[first_]);
+    const double half_gap = (d_[first_ + 1] - d_[first_]) / (2.0 * root);
+    sigma_ = d_[first_] - root / (half_gap + std::copysign(std::hypot(half_gap, 1.0), half_gap));
+    gamma_ = d_[last] - sigma_;
+    p_ = gamma_ * gamma_;
+    s_ = 0.0;
+    previous_p_ = previous_r_ = 1.0;
+    i_ = last;
   }
 
-  void sweep(std::size_t first, std::size_t last) {
-    const double sigma = shift(first);
-    double gamma = d_[last] - sigma, p = gamma * gamma, s = 0.0;
-    double previous_p = 1.0, previous_r = 1.0;
-    for (std::size_t i = last; i-- > first;) {
-      const double b = b_[i], r = p + b;
-      if (i + 1 != last) b_[i + 1] = s * r;
-      // The cosine is p / r and the sine b / r; gamma is divided once, so that no two divisions wait for each other.
-      const double old_gamma = gamma, next = d_[i];
-      s = b / r;
-      gamma = (p * (next - sigma) - b * old_gamma) / r;
-      d_[i + 1] = old_gamma + (next - gamma);
-      const double next_p = p != 0.0 ? gamma * gamma * (r / p) : b * (previous_p / previous_r);
-      previous_p = p;
-      previous_r = r;
-      p = next_p;
-    }
-    b_[first] = s * p;
-    d_[first] = sigma + gamma;
+  void finish() {
+    std::sort(d_, d_ + matrix_->size);
+    matrix_->converged = std::all_of(d_, d_ + matrix_->size, [](double value) { return std::isfinite(value); });
   }
 
+  Tridiagonal* matrix_;
   double* d_;
   double* b_;
-  std::size_t sweeps_;
+  std::size_t sweeps_left_;
+  std::size_t first_ = 0;  // of the block that is iterated on; what is before it is done
+  std::size_t i_ = 0;
+  double sigma_ = 0.0, gamma_ = 0.0, p_ = 0.0, s_ = 0.0, previous_p_ = 1.0, previous_r_ = 1.0;
 };
+
+template <std::size_t N>
+void run(Iteration* const* iterations, std::size_t steps) {
+  const auto together = [&]<std::size_t... K>(std::index_sequence<K...>) {
+    std::array<Iteration, N> local{*iterations[K]...};  // in registers
+    for (std::size_t step = 0; step < steps; ++step) (local[K].step(), ...);
+    ((*iterations[K] = local[K]), ...);
+  };
+  together(std::make_index_sequence<N>{});
+}
 
 }  // namespace
 
-bool tridiagonal_eigenvalues(double* diagonal, double* off_diagonal, std::size_t size) {
-  std::size_t first = 0;
-  for (std::size_t last = 0; last < size; ++last) {
-    const bool ends = last + 1 == size || std::fabs(off_diagonal[last]) <= kHalfUlp *
-                                                                               std::sqrt(std::fabs(diagonal[last])) *
-                                                                               std::sqrt(std::fabs(diagonal[last + 1]));
-    if (!ends) {
-      off_diagonal[last] *= off_diagonal[last];
-      continue;
-    }
-    // The iteration works from the first entry on and wants the small ones there.
-    if (std::fabs(diagonal[last]) < std::fabs(diagonal[first])) {
-      std::reverse(diagonal + first, diagonal + last + 1);
-      std::reverse(off_diagonal + first, off_diagonal + last);
-    }
-    if (!Iteration(diagonal, off_diagonal, kSweepsEach * (last - first + 1)).solve(first, last)) return false;
-    first = last + 1;
+void tridiagonal_eigenvalues(Tridiagonal* matrices, std::size_t count) {
+  constexpr std::size_t kTogether = 4;
+  std::vector<Iteration> all;
+  all.reserve(count);
+  std::vector<Iteration*> active;
+  for (std::size_t i = 0; i < count; ++i) {
+    Iteration& iteration = all.emplace_back(matrices[i]);
+    if (iteration.begin_sweep()) active.push_back(&iteration);
   }
-  std::sort(diagonal, diagonal + size);
-  return std::isfinite(std::accumulate(diagonal, diagonal + size, 0.0));
+  while (!active.empty()) {
+    const std::size_t together = std::min(kTogether, active.size());
+    std::size_t steps = active[0]->steps_left();
+    for (std::size_t k = 1; k < together; ++k) steps = std::min(steps, active[k]->steps_left());
+    switch (together) {
+      case 1:
+        run<1>(active.data(), steps);
+        break;
+      case 2:
+        run<2>(active.data(), steps);
+        break;
+      case 3:
+        run<3>(active.data(), steps);
+        break;
+      default:
+        run<4>(active.data(), steps);
+        break;
+    }
+    for (std::size_t k = together; k-- > 0;) {
+      if (active[k]->steps_left() > 0) continue;
+      active[k]->end_sweep();
+      if (!active[k]->begin_sweep()) active.erase(active.begin() + static_cast<std::ptrdiff_t>(k));
+    }
+  }
 }
 
 }  // namespace normscope

@@ -199,7 +199,8 @@ def gram(matrix: Tensor) -> Tensor:
 def singular_values(matrices: Sequence[Tensor]) -> list[Spectrum]:
     """See :func:`normscope.ops.singular_values`."""
     ready = [_as_matrix(index, matrix) for index, matrix in enumerate(matrices)]
-    values = [torch.empty(min(matrix.shape), dtype=torch.float64, device="cpu") for matrix in ready]
+    sizes = [min(matrix.shape) for matrix in ready]
+    values = torch.empty(sum(sizes), dtype=torch.float64, device="cpu").split(sizes)  # type: ignore[no-untyped-call]
     try:
         statuses = _core.singular_values(
             _list_of(ready), [vector.data_ptr() for vector in values], torch.get_num_threads()

@@ -10,6 +10,7 @@ s_j that was accepted.
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -24,7 +25,7 @@ _SHRINKS_BY, _STEPS = 1 / 32, 7  # what inverse iteration leaves of a foreign ei
 _ROW_BLOCK = 1 << 20  # float64 elements of A at once
 
 
-def accurate_values(values: Tensor, largest: Tensor | None = None) -> int:
+def accurate_values(values: Tensor, largest: float | None = None) -> int:
     """How many leading singular values of a spectrum read off a Gram matrix are within the bounds.
 
     Args:
@@ -34,14 +35,20 @@ def accurate_values(values: Tensor, largest: Tensor | None = None) -> int:
     count = len(values)
     if count == 0 or values[0] == 0.0:
         return count
-    top = values[0] if largest is None else largest
-    if values[-1] >= 3e-2 * top:
-        return count
-    # Small eigenvalues were seen off by up to 8 u times the Frobenius norm of the Gram matrix; 16 leaves room.
+    first, smallest, total = float(values[0]), float(values[-1]), float(values.sum())
+    top = first if largest is None else largest
+    total += 0.0 if largest is None else largest
+    # Small eigenvalues were seen off by up to 8 u times the Frobenius norm of the Gram matrix; 16 leaves room. Mostly
+    # it is plain that even the smallest value is accurate enough.
+    if smallest > 0.0:
+        off_at_most = 8 * _ROUNDING * count**0.5 * first * (first / smallest)
+        entropy_off_at_most = count * off_at_most / total * (1.0 - math.log(smallest / total))
+        if off_at_most <= _VALUE_BOUND * top and entropy_off_at_most <= _ENTROPY_BOUND:
+            return count
     relative = values / values[0]
     off = (8 * _ROUNDING) * values[0] * torch.linalg.vector_norm(relative.square()) / relative
-    share = values / (values.sum() + (0.0 if largest is None else largest))
-    entropy_off = (off / values * share * (1.0 - share.log())).nan_to_num(torch.inf).cumsum(0)
+    share = values / total
+    entropy_off = (off / total * (1.0 - share.log())).nan_to_num(torch.inf).cumsum(0)
     fine = (off <= _VALUE_BOUND * top) & (entropy_off <= _ENTROPY_BOUND)
     return int(fine.to(torch.int64).cumprod(0).sum())
 
@@ -59,12 +66,12 @@ def with_small_values(matrix: Tensor, gram: Tensor, values: Tensor, accurate: in
         float64 ``[n]``, descending.
     """
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-    largest, found, missing = values[0], [values[:accurate]], len(values) - accurate
+    largest, found, missing = float(values[0]), [values[:accurate]], len(values) - accurate
     basis = _small_eigenvectors(gram, values, missing)
     while True:
         eigenvalues, rotation = torch.linalg.eigh(_gram_of_product(tall, basis))
         rest = eigenvalues[:missing].clamp(min=0.0).sqrt().flip(0)
-        negligible = bool(rest[0] <= _FLOOR * largest)
+        negligible = float(rest[0]) <= _FLOOR * largest
         kept = missing if negligible else max(accurate_values(rest, largest), 1)
         found.append(rest[:kept])
         if kept == missing:

@@ -1,0 +1,19 @@
+// Eigenvalues of symmetric tridiagonal matrices.
+#pragma once
+
+#include <cstddef>
+
+namespace normscope {
+
+struct Tridiagonal {
+  double* diagonal;      // size entries; receives the eigenvalues, ascending
+  double* off_diagonal;  // size entries of which the last means nothing; destroyed
+  std::size_t size;
+  bool converged;  // set: whether the eigenvalues are there
+};
+
+// Entries whose fourth powers leave float64's range are the caller's to scale. Each matrix's eigenvalues are the same
+// whatever else is in the list; together they take less time than one after another.
+void tridiagonal_eigenvalues(Tridiagonal* matrices, std::size_t count);
+
+}  // namespace normscope
