@@ -19,8 +19,8 @@ __all__ = ["Memory", "Top", "TopSingularValues", "TopState", "top", "top_singula
 
 #: Up to this many columns, or rows if there are fewer, the exact path is as fast.
 SMALL = 128
-#: Relative error of the exact path's largest singular value, and of the others relative to it.
-_EXACT_ROUNDING = 1e-12
+#: Errors of the exact path's largest singular value and of the others, relative to the largest.
+_EXACT_TOP, _EXACT_OTHERS = 1e-12, 1e-10
 #: Fourth powers of norms in this range, and of what is left of them after rounding, are float64 numbers.
 _NORMS = (1e-70, 1e70)
 
@@ -282,11 +282,11 @@ def _exact(matrices: list[Tensor]) -> list[Top]:
             results.append(Top(math.nan, math.nan, math.nan, "undefined", None))
             continue
         value = float(values[0])
-        anchor = (value, value * (1.0 - _EXACT_ROUNDING), value * (1.0 + _EXACT_ROUNDING))
+        anchor = (value, value * (1.0 - _EXACT_TOP), value * (1.0 + _EXACT_TOP))
         memory = None
         if min(matrix.shape) > SMALL and _NORMS[0] < value < _NORMS[1]:
             rounded_up = np.zeros(COMPARED + 1)
-            rounded_up[: len(values)] = values + _EXACT_ROUNDING * value
+            rounded_up[: len(values)] = values + _EXACT_OTHERS * value
             memory = Memory(matrix.clone(), anchor, rounded_up)
         results.append(Top(*anchor, "exact", memory))
     return results
