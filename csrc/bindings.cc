@@ -190,18 +190,21 @@ std::vector<SpectrumStatus> run_singular_values(const py::list& tensors, const s
   return singular_values(matrices, targets, threads);
 }
 
-// Writes the n x n Gram matrix of the smaller side, row after row.
-void run_gram(const py::handle& tensor, std::uintptr_t target, int threads) {
-  const Matrix matrix = matrix_of(tensor);
+// Writes the n x n Gram matrix of each smaller side, row after row, to the addresses.
+void run_grams(const py::list& tensors, const std::vector<std::uintptr_t>& targets, int threads) {
+  const std::vector<Matrix> matrices = matrices_of(tensors);
+  if (targets.size() != matrices.size()) throw py::value_error("one address a matrix");
   const py::gil_scoped_release release;
-  std::vector<SymmetricRoom> room;
-  room.emplace_back(matrix.vectors);
-  gram({matrix}, room, threads);
-  const Symmetric result = room[0].view();
-  double* out = reinterpret_cast<double*>(target);
-  for (std::size_t i = 0; i < result.size; ++i) {
-    for (std::size_t j = i; j < result.size; ++j) {
-      out[i * result.size + j] = out[j * result.size + i] = result.data[i * result.stride + j];
+  std::vector<SymmetricRoom> rooms;
+  for (const Matrix& matrix : matrices) rooms.emplace_back(matrix.vectors);
+  gram(matrices, rooms, threads);
+  for (std::size_t index = 0; index < rooms.size(); ++index) {
+    const Symmetric result = rooms[index].view();
+    double* out = reinterpret_cast<double*>(targets[index]);
+    for (std::size_t i = 0; i < result.size; ++i) {
+      for (std::size_t j = i; j < result.size; ++j) {
+        out[i * result.size + j] = out[j * result.size + i] = result.data[i * result.stride + j];
+      }
     }
   }
 }
@@ -266,7 +269,7 @@ PYBIND11_MODULE(_core, module) {
       .value("nonfinite", SpectrumStatus::nonfinite)
       .value("failed", SpectrumStatus::failed);
   module.def("singular_values", &run_singular_values, py::arg("matrices"), py::arg("values"), py::arg("threads"));
-  module.def("gram", &run_gram, py::arg("matrix"), py::arg("target"), py::arg("threads"));
+  module.def("grams", &run_grams, py::arg("matrices"), py::arg("targets"), py::arg("threads"));
   module.def("gram_products", &run_gram_products, py::arg("matrices"), py::arg("blocks"), py::arg("threads"));
   module.def("instruction_sets", &names_of_instruction_sets, "Instruction sets this processor can run, best first.");
   module.def("instruction_set", &instruction_set, "The instruction set in use.");

@@ -19,6 +19,7 @@ __all__ = [
     "backends",
     "fused_pass",
     "gram_products",
+    "grams",
     "order_statistics",
     "row_energies",
     "singular_values",
@@ -110,6 +111,16 @@ def singular_values(matrices: Sequence[Tensor]) -> list[Spectrum]:
     found = dict(zip(elsewhere, spectra.singular_values([matrices[index] for index in elsewhere]), strict=True))
     found.update(zip(on_cpu, singular_values([matrices[index] for index in on_cpu]), strict=True))
     return [found[index] for index in range(len(matrices))]
+
+
+def grams(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The Gram matrix of each matrix's smaller side, accumulated in float64, float64 ``[n, n]``.
+
+    Args:
+        matrices: as for :func:`singular_values`; A is rows x columns, or its transpose where it has more columns than
+            rows, and the result is A^T A, not protected against overflow.
+    """
+    return backends.of(matrices).grams(matrices)
 
 
 def gram_products(matrices: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[Tensor]:

@@ -188,12 +188,15 @@ def _refuse(matrices: Sequence[Tensor]) -> UnsupportedTensorError:
     raise AssertionError("every matrix can be read")
 
 
-def gram(matrix: Tensor) -> Tensor:
-    """Gram matrix of the smaller side of a matrix, float64 ``[n, n]``."""
-    size = min(matrix.shape)
-    result = torch.empty((size, size), dtype=torch.float64, device="cpu")
-    _core.gram(_described(_as_matrix(0, matrix)), result.data_ptr(), torch.get_num_threads())
-    return result
+def grams(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """See :func:`normscope.ops.grams`."""
+    ready = [_as_matrix(index, matrix) for index, matrix in enumerate(matrices)]
+    results = [torch.empty((min(m.shape), min(m.shape)), dtype=torch.float64, device="cpu") for m in ready]
+    try:
+        _core.grams(_list_of(ready), [result.data_ptr() for result in results], torch.get_num_threads())
+    except _core.Unsupported:
+        raise _refuse(ready) from None
+    return results
 
 
 def singular_values(matrices: Sequence[Tensor]) -> list[Spectrum]:
@@ -215,7 +218,7 @@ def _spectrum(matrix: Tensor, values: Tensor, status: _core.SpectrumStatus) -> S
         return Spectrum(values, "nonfinite")
     if status == _core.SpectrumStatus.failed:
         return spectra.after_failure(matrix)
-    return spectra.completed(matrix, values, lambda: gram(matrix))
+    return spectra.completed(matrix, values, lambda: grams([matrix])[0])
 
 
 def gram_products(matrices: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[Tensor]:

@@ -190,11 +190,22 @@ def spectrum(matrix: Tensor) -> Spectrum:
 
 
 @torch.no_grad()
+def grams(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """See :func:`normscope.ops.grams`."""
+    return [tall.T @ tall for tall in map(_tall, range(len(matrices)), matrices)]
+
+
+def _tall(index: int, tensor: Tensor) -> Tensor:
+    """The matrix in float64, transposed where it has more columns than rows."""
+    matrix = as_matrix(index, tensor).to(torch.float64)
+    return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+
+
+@torch.no_grad()
 def gram_products(matrices: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[Tensor]:
     """See :func:`normscope.ops.gram_products`."""
     products = []
     for index, (matrix, block) in enumerate(zip(matrices, blocks, strict=True)):
-        tall = as_matrix(index, matrix).to(torch.float64)
-        tall = tall if tall.shape[0] >= tall.shape[1] else tall.T
+        tall = _tall(index, matrix)
         products.append(tall.T @ (tall @ block))
     return products

@@ -58,16 +58,11 @@ def _where_float64_is(matrix: Tensor) -> Tensor:
     return matrix.cpu() if matrix.device.type == "mps" else matrix
 
 
-def _gram(matrix: Tensor) -> Tensor:
-    wide = matrix.to(torch.float64)
-    return wide.T @ wide if wide.shape[0] >= wide.shape[1] else wide @ wide.T
-
-
 def _batch(matrices: Sequence[Tensor]) -> list[Spectrum]:
     """Spectra of matrices whose smaller sides are equal."""
     if min(matrices[0].shape) == 0:
         return [reference.spectrum(matrix) for matrix in matrices]
-    grams = torch.stack([_gram(matrix) for matrix in matrices])
+    grams = torch.stack(reference.grams(matrices))
     squares = grams.diagonal(dim1=-2, dim2=-1).amax(dim=-1)
     # NaN, inf, all zero and out of range: no solver is given those, some never return.
     usable = (squares >= _SMALLEST**2) & (squares <= _LARGEST**2)
