@@ -14,8 +14,10 @@
 #include <vector>
 
 #include "fused_pass.h"
+#include "gram.h"
 #include "kernels.h"
 #include "order_statistics.h"
+#include "singular_values.h"
 #include "threads.h"
 
 namespace {
@@ -96,9 +98,50 @@ struct Inputs {
     for (PassEntry& entry : list) entry.has_weight = entry.weight.data != nullptr;
     return list;
   }
+
+  // Tall and wide, of one block and of several, not finite, out of range.
+  std::vector<Matrix> matrices() const {
+    return {
+        {.data = gradient.data(), .dtype = DType::float32, .vectors = 20, .steps = 10'000, .stride = 20},
+        {.data = gradient.data(),
+         .dtype = DType::float32,
+         .vectors = 280,
+         .steps = 700,
+         .stride = 700,
+         .side_by_side = false},
+        {.data = half.data(), .dtype = DType::bfloat16, .vectors = 100, .steps = 300, .stride = 700},
+        {.data = hostile.data(), .dtype = DType::float32, .vectors = 300, .steps = 700, .stride = 300},
+        {.data = huge.data(), .dtype = DType::float64, .vectors = 33, .steps = 90, .stride = 40},
+    };
+  }
 };
 
-// All that the core says of the inputs: sums, energies, and the order statistics of one tensor's energies.
+// Singular values of the matrices and their Gram matrices' products with three vectors, one matrix after another.
+void add_spectra(const Inputs& inputs, int threads, std::vector<double>& values) {
+  const std::vector<Matrix> matrices = inputs.matrices();
+  std::vector<std::vector<double>> spectra;
+  std::vector<AlignedRoom> rooms;
+  std::vector<double*> targets;
+  std::vector<Vectors> blocks, products;
+  for (const Matrix& each : matrices) {
+    targets.push_back(spectra.emplace_back(each.vectors).data());
+    const std::size_t stride = round_up(each.vectors, kLanes);
+    double* block = rooms.emplace_back(6 * stride).data();
+    for (std::size_t q = 0; q < 3; ++q) std::copy_n(inputs.wide.data() + q, each.vectors, block + q * stride);
+    blocks.push_back({block, stride, 3});
+    products.push_back({block + 3 * stride, stride, 3});
+  }
+  for (const SpectrumStatus status : singular_values(matrices, targets, threads)) {
+    values.push_back(static_cast<double>(status));
+  }
+  gram_products(matrices, blocks, products, threads);
+  for (std::size_t i = 0; i < matrices.size(); ++i) {
+    values.insert(values.end(), spectra[i].begin(), spectra[i].end());
+    values.insert(values.end(), products[i].data, products[i].data + 3 * products[i].stride);
+  }
+}
+
+// All that the core says of the inputs: sums, energies, the order statistics of one tensor's energies, spectra.
 std::vector<double> results(const Inputs& inputs, int threads) {
   std::vector<PassEntry> entries = inputs.entries();
   std::vector<std::vector<double>> energies;
@@ -122,6 +165,7 @@ std::vector<double> results(const Inputs& inputs, int threads) {
   values.insert(values.end(), counts.begin(), counts.end());
   values.insert(values.end(), {order.gini, order.fraction_below, order.group_variance, order.group_max, order.group_min,
                                order.group_mean});
+  add_spectra(inputs, threads, values);
   return values;
 }
 

@@ -37,8 +37,15 @@ address_and_undefined() {
   libraries=$(ldd "$folder"/python/normscope/_core.*.so | awk '/libasan|libstdc\+\+/ { print $3 }')
   # Python's own allocations are not freed at exit. Reports go past pytest, which dies with the process. Threads that
   # spin between the many small loops would take twice the time.
-  LD_PRELOAD="${libraries//$'\n'/ }" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-    OMP_WAIT_POLICY=passive PYTHONPATH="$folder/python" python -m pytest --capture=sys tests/native/sanitized.py tests/test_ops.py
+  preloaded="${libraries//$'\n'/ }"
+  test_sanitized "$folder" tests/native/sanitized.py tests/test_ops.py
+  test_sanitized "$folder" tests/test_spectra.py -k "sizes_around or gram"
+}
+
+# Runs pytest on the core in the folder $1 with the arguments "${@:2}".
+test_sanitized() {
+  LD_PRELOAD="$preloaded" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+    OMP_WAIT_POLICY=passive PYTHONPATH="$1/python" python -m pytest --capture=sys "${@:2}"
 }
 
 thread() {
