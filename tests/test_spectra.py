@@ -195,6 +195,19 @@ def test_lists_mix_everything_and_change_nothing(threads: None) -> None:
         assert [bits(found.values) for found in cpu.singular_values(matrices)] == alone
 
 
+@pytest.mark.parametrize("values", [step(150, 0.9, 0.0), decades(150, 12)], ids=["few_missing", "many_missing"])
+def test_small_values_do_not_depend_on_threads(values: Tensor, threads: None) -> None:
+    matrix = with_spectrum(400, 150, values)
+    alone = []
+    for count in (1, 2, 3, 8):
+        torch.set_num_threads(count)
+        (found,) = cpu.singular_values([matrix])
+        assert found.method == "refined"
+        assert torch.get_num_threads() == count
+        alone.append(bits(found.values))
+    assert alone == alone[:1] * 4
+
+
 def contract_dtypes() -> tuple[torch.dtype, ...]:
     return torch.float16, torch.bfloat16, torch.float32, torch.float64
 

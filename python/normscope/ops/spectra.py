@@ -10,6 +10,7 @@ from torch import Tensor
 from normscope.ops import reference
 from normscope.ops.contract import SolverError, Spectrum, as_matrix
 from normscope.ops.small_values import accurate_values, with_small_values
+from normscope.ops.threads import one_thread
 
 # Singular values whose fourth powers float64 holds.
 _SMALLEST, _LARGEST = 1e-50, 1e50
@@ -27,16 +28,23 @@ def completed(matrix: Tensor, values: Tensor, gram_of: Callable[[], Tensor]) -> 
     if accurate == len(values):
         return Spectrum(values, "gram")
     if not _SMALLEST <= float(values[0]) <= _LARGEST:
-        return reference.spectrum(matrix)
+        return _by_svd(matrix)
+    gram = gram_of()
     try:
-        return Spectrum(with_small_values(matrix, gram_of(), values, accurate), "refined")
+        with one_thread():
+            return Spectrum(with_small_values(matrix, gram, values, accurate), "refined")
     except SolverError:
         return after_failure(matrix)
 
 
 def after_failure(matrix: Tensor) -> Spectrum:
     """The spectrum by an SVD, because another method failed."""
-    return reference.spectrum(matrix)._replace(fallback=True)
+    return _by_svd(matrix)._replace(fallback=True)
+
+
+def _by_svd(matrix: Tensor) -> Spectrum:
+    with one_thread():
+        return reference.spectrum(matrix)
 
 
 @torch.no_grad()

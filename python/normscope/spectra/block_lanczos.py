@@ -12,6 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from normscope.ops.threads import one_thread
+
 Floats = npt.NDArray[np.float64]
 
 # Why the bounds hold. A is tall, G = A^T A, s_i are the singular values of a reference R, V = [v_1 .. v_k] are Ritz
@@ -62,21 +64,17 @@ class BlockLanczos:
     """
 
     def __init__(self, start: Tensor) -> None:
-        self.newest = torch.linalg.qr(start).Q
+        with one_thread():
+            self.newest = torch.linalg.qr(start).Q
         self.exhausted = False
         self._basis = self.newest[:, :0]
         self._projected: Floats = np.zeros((0, 0))
 
     def extend(self, product: Tensor) -> Ritz:
         """Take G x :attr:`newest` in; the host reads one ``[q + 2 b, b]`` matrix."""
-        self._basis = basis = torch.cat([self._basis, self.newest], dim=1)
-        rows = basis.T
-        inside = rows @ product
-        fresh, outside = torch.linalg.qr(product - basis @ inside)
-        # The second round works on unit columns, so that one which was rounding alone becomes a new direction as well.
-        missed = rows @ fresh
-        self.newest, kept = torch.linalg.qr(fresh - basis @ missed)
-        small = torch.cat([inside + missed @ outside, kept @ outside, kept]).cpu().numpy()
+        with one_thread():
+            small = self._orthogonalise(product)
+        basis = self._basis
         count, width = basis.shape[1], product.shape[1]
         column, coupling = small[:count], small[count : count + width]
         # For a column of zeros QR makes a unit vector up, and if that lies in the basis nothing orthogonal comes out.
@@ -94,10 +92,23 @@ class BlockLanczos:
         # G maps all blocks but the newest into the basis, and of that one ``coupling`` lies outside.
         return Ritz(squares, np.linalg.norm(coupling @ weights[before:], axis=0), weights)
 
+    def _orthogonalise(self, product: Tensor) -> Floats:
+        """Make the part of the product outside the basis the newest block; what it consists of, ``[q + 2 b, b]``."""
+        self._basis = basis = torch.cat([self._basis, self.newest], dim=1)
+        rows = basis.T
+        inside = rows @ product
+        fresh, outside = torch.linalg.qr(product - basis @ inside)
+        # The second round works on unit columns, so that one which was rounding alone becomes a new direction as well.
+        missed = rows @ fresh
+        self.newest, kept = torch.linalg.qr(fresh - basis @ missed)
+        small: Floats = torch.cat([inside + missed @ outside, kept @ outside, kept]).cpu().numpy()
+        return small
+
     def vectors(self, ritz: Ritz, count: int) -> Tensor:
         """The first ``count`` Ritz vectors, ``[n, count]``."""
         weights: Tensor = torch.from_numpy(ritz.weights[:, :count].copy())
-        return torch.mm(self._basis, weights.to(self._basis.device))
+        with one_thread():
+            return torch.mm(self._basis, weights.to(self._basis.device))
 
 
 @dataclass(frozen=True)
