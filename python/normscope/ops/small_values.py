@@ -92,8 +92,8 @@ def _small_eigenvectors(gram: Tensor, values: Tensor, count: int) -> Tensor:
         _, eigenvectors = torch.linalg.eigh(gram)
         return cast(Tensor, eigenvectors[:, :count])
     factor = torch.linalg.cholesky(gram + shift * torch.eye(size, dtype=gram.dtype, device=gram.device))
-    start = torch.randn(size, block, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    basis = start.to(gram.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    basis = torch.randn(size, block, dtype=torch.float64, generator=generator, device="cpu").to(gram.device)
     for _ in range(_STEPS):
         basis = torch.linalg.qr(torch.cholesky_solve(basis, factor)).Q
     return basis

@@ -137,8 +137,8 @@ def _run(
 ) -> tuple[_Array, _Array, _Array, float]:
     """The top singular value, what :func:`_quadrature` returns, square roots of deflated eigenvalues, and the leak."""
     n = min(matrix.shape)
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randn(2, n, probes, generator=generator, dtype=torch.float64).to(matrix.device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    starts = torch.randn(2, n, probes, generator=generator, dtype=torch.float64, device="cpu").to(matrix.device)
 
     def product(block: Tensor) -> Tensor:
         return ops.gram_products([matrix], [block])[0] / energy
