@@ -8,6 +8,8 @@
 #include <limits>
 #include <type_traits>
 
+#include "threads.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -203,11 +205,12 @@ inline double dot(const double* a, const double* b, std::size_t from, std::size_
   return sum_of(add(even, odd));
 }
 
-// y = A x over the rows and columns [from, to): each element above the diagonal is read once and used twice.
-void multiply_symmetric(const Symmetric& matrix, const double* x, double* y, std::size_t from, std::size_t to) {
+// y += A x over the columns [first, to), as far as the rows [first, last) say: each element on and above the diagonal
+// is read once, and used twice but for those of the diagonal blocks.
+void multiply_rows(const Symmetric& matrix, const double* x, double* y, std::size_t first, std::size_t last,
+                   std::size_t to) {
   constexpr std::size_t kAtOnce = std::max<std::size_t>(kWidth, 4);
-  std::fill(y + from, y + to, 0.0);
-  for (std::size_t i = from; i < to; i += kAtOnce) {
+  for (std::size_t i = first; i < last; i += kAtOnce) {
     const double* rows = matrix.data + i * matrix.stride;
     Register sums[kAtOnce], factors[kAtOnce];
     for (std::size_t r = 0; r < kAtOnce; ++r) {
@@ -237,6 +240,56 @@ void multiply_symmetric(const Symmetric& matrix, const double* x, double* y, std
   }
 }
 
+struct Product {
+  const Symmetric& matrix;
+  const double* x;
+  double* parts;  // kSharedParts vectors
+  std::size_t from, to;
+
+  // Where the rows of a part begin: all parts have about the same number of elements above the diagonal.
+  std::size_t begin(std::size_t part) const {
+    const double rest = 1.0 - static_cast<double>(part) / static_cast<double>(kSharedParts);
+    const double rows = static_cast<double>(to - from) * (1.0 - std::sqrt(rest));
+    return part == kSharedParts ? to : from + static_cast<std::size_t>(rows) / kPanel * kPanel;
+  }
+  void run(std::size_t part) const {
+    double* y = parts + part * matrix.stride;
+    std::fill(y + begin(part), y + to, 0.0);
+    multiply_rows(matrix, x, y, begin(part), begin(part + 1), to);
+  }
+};
+
+// y = A x over the rows and columns [from, to). A large matrix is cut in parts, whoever computes them.
+void multiply_symmetric(const Symmetric& matrix, const double* x, double* y, std::size_t from, std::size_t to,
+                        double* parts, int threads) {
+  std::fill(y + from, y + to, 0.0);
+  if (matrix.size < kSharedReduction) return multiply_rows(matrix, x, y, from, to, to);
+  Product product{matrix, x, parts, from, to};
+  parallel_for(
+      kSharedParts, threads, [](void* context, std::size_t part) { static_cast<Product*>(context)->run(part); },
+      &product);
+  for (std::size_t part = 0; part < kSharedParts; ++part) {
+    const double* add_from = parts + part * matrix.stride;
+    for (std::size_t i = product.begin(part); i < to; i += kWidth) store(y + i, add(load(y + i), load(add_from + i)));
+  }
+}
+
+// A += left^T right on and above the diagonal, for the rows and columns from `first` on; panels are rows of 16 vectors.
+struct Update {
+  const Symmetric& matrix;
+  const double* left;
+  const double* right;
+  std::size_t first;
+
+  void run(std::size_t tile_row) const {
+    const std::size_t i = first + tile_row * kPanel;
+    for (std::size_t j = i; j < matrix.padded; j += kPanel) {
+      multiply_panels(left + i, right + j, matrix.stride, 2 * kReflectors, matrix.data + i * matrix.stride + j,
+                      matrix.stride);
+    }
+  }
+};
+
 // out -= sum over q < count of by_v[q] v_q + by_w[q] w_q
 inline void subtract_reflected(double* out, const Vectors& v, const Vectors& w, std::size_t count, const double* by_v,
                                const double* by_w, std::size_t from, std::size_t to) {
@@ -250,7 +303,7 @@ inline void subtract_reflected(double* out, const Vectors& v, const Vectors& w, 
   }
 }
 
-void tridiagonalise(const Symmetric& matrix, double* diagonal, double* off_diagonal, double* room) {
+void tridiagonalise(const Symmetric& matrix, double* diagonal, double* off_diagonal, double* room, int threads) {
   const std::size_t n = matrix.size, padded = matrix.padded, stride = matrix.stride;
   // v and w follow one another, and so do their negatives -w and -v: the update of the matrix is one product of panels.
   const Vectors v{room, stride, kReflectors};
@@ -258,6 +311,7 @@ void tridiagonalise(const Symmetric& matrix, double* diagonal, double* off_diago
   double* negative_w = room + 2 * kReflectors * stride;
   double* negative_v = room + 3 * kReflectors * stride;
   double* product = room + 4 * kReflectors * stride;
+  double* parts = product + stride;
   double by_v[kReflectors], by_w[kReflectors];
 
   for (std::size_t first = 0; first < n; first += kReflectors) {
@@ -289,7 +343,7 @@ void tridiagonalise(const Symmetric& matrix, double* diagonal, double* off_diago
       reflector[j + 1] = 1.0;
       off_diagonal[j] = reflected;
 
-      multiply_symmetric(matrix, reflector, product, from, padded);
+      multiply_symmetric(matrix, reflector, product, from, padded, parts, threads);
       for (std::size_t i = 0; i < q; ++i) {
         by_v[i] = dot(w.data + i * stride, reflector, from, padded);
         by_w[i] = dot(v.data + i * stride, reflector, from, padded);
@@ -309,11 +363,10 @@ void tridiagonalise(const Symmetric& matrix, double* diagonal, double* off_diago
         negative_v[q * stride + i] = -v.data[q * stride + i];
       }
     }
-    for (std::size_t i = next; i < padded; i += kPanel) {
-      for (std::size_t j = i; j < padded; j += kPanel) {
-        multiply_panels(v.data + i, negative_w + j, stride, 2 * kReflectors, matrix.data + i * stride + j, stride);
-      }
-    }
+    if (next >= n) break;
+    Update update{matrix, v.data, negative_w, next};
+    parallel_for((padded - next) / kPanel, n < kSharedReduction ? 1 : threads,
+                 [](void* context, std::size_t row) { static_cast<Update*>(context)->run(row); }, &update);
   }
 }
 

@@ -41,8 +41,14 @@ struct Symmetric {
   std::size_t stride;
 };
 
-// float64 room that tridiagonalise needs beside a matrix of that stride.
-inline constexpr std::size_t tridiagonal_room(std::size_t stride) { return (4 * kReflectors + 1) * stride; }
+// From this size on several threads work on one tridiagonal reduction; below, waking them takes longer than it saves.
+inline constexpr std::size_t kSharedReduction = 1536;
+inline constexpr std::size_t kSharedParts = 16;
+
+// float64 room that tridiagonalise needs beside a matrix.
+inline constexpr std::size_t tridiagonal_room(const Symmetric& matrix) {
+  return (4 * kReflectors + 1 + (matrix.size >= kSharedReduction ? kSharedParts : 0)) * matrix.stride;
+}
 
 struct MatrixKernels {
   // panel[k][v] = scale * (step k of vector v) for `length` steps and `vectors` <= kPanel vectors; 0 for the others.
@@ -60,7 +66,7 @@ struct MatrixKernels {
   void (*add_rows)(const Rows& rows, const double* factors, const Vectors& vectors);
   // Reduces to the tridiagonal matrix with the same eigenvalues; destroys the matrix. off_diagonal has size - 1
   // entries.
-  void (*tridiagonalise)(const Symmetric& matrix, double* diagonal, double* off_diagonal, double* room);
+  void (*tridiagonalise)(const Symmetric& matrix, double* diagonal, double* off_diagonal, double* room, int threads);
 };
 
 // Kernels of the instruction set chosen for this process, for one dtype.

@@ -81,14 +81,15 @@ bool bring_into_range(Problem& problem) {
   return true;
 }
 
-void tridiagonalise(Problem& problem) {
+void tridiagonalise(Problem& problem, int threads) {
   if (problem.matrix.vectors == 0) return problem.end(SpectrumStatus::complete, 0.0);
   if (!bring_into_range(problem)) return;
   thread_local AlignedRoom kept;
   const Symmetric gram = problem.gram.view();
   problem.off_diagonal.resize(gram.size);
   matrix_kernels(DType::float64)
-      .tridiagonalise(gram, problem.values, problem.off_diagonal.data(), kept.at_least(tridiagonal_room(gram.stride)));
+      .tridiagonalise(gram, problem.values, problem.off_diagonal.data(), kept.at_least(tridiagonal_room(gram)),
+                      threads);
   problem.gram = SymmetricRoom(0);
 }
 
@@ -132,8 +133,15 @@ std::vector<SpectrumStatus> singular_values(const std::vector<Matrix>& matrices,
     for (Problem& problem : problems) order.push_back(&problem);
     std::stable_sort(order.begin(), order.end(),
                      [](const Problem* a, const Problem* b) { return a->matrix.vectors > b->matrix.vectors; });
-    auto reduce = [&](std::size_t index) { tridiagonalise(*order[index]); };
-    parallel_for(order.size(), threads, reduce);
+    // The threads share each of the large ones, then every one takes small ones.
+    const auto is_large = [](const Problem* problem) { return problem->matrix.vectors >= kSharedReduction; };
+    const auto large = static_cast<std::size_t>(std::count_if(order.begin(), order.end(), is_large));
+    auto reduce_large = [&](std::size_t) {
+      for (std::size_t i = 0; i < large; ++i) tridiagonalise(*order[i], threads);
+    };
+    parallel_for(1, 1, reduce_large);
+    auto reduce = [&](std::size_t index) { tridiagonalise(*order[large + index], 1); };
+    parallel_for(order.size() - large, threads, reduce);
 
     std::erase_if(order, [](const Problem* problem) { return problem->done; });
     const std::size_t workers = static_cast<std::size_t>(std::max(threads, 1));

@@ -195,6 +195,17 @@ def test_lists_mix_everything_and_change_nothing(threads: None) -> None:
         assert [bits(found.values) for found in cpu.singular_values(matrices)] == alone
 
 
+def test_large_matrix_on_several_threads(threads: None, instruction_set: str) -> None:
+    size = 1550  # threads share the reduction from 1,536 on
+    matrix = with_spectrum(size, size, decades(size, 3))
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(cpu.singular_values([torch.eye(3), matrix, torch.eye(2)])[1].values)
+    assert bits(found[0]) == bits(found[1]) == bits(found[2])
+    assert bool(((found[0] - decades(size, 3)).abs() <= 1e-12).all())
+
+
 @pytest.mark.parametrize("values", [step(150, 0.9, 0.0), decades(150, 12)], ids=["few_missing", "many_missing"])
 def test_small_values_do_not_depend_on_threads(values: Tensor, threads: None) -> None:
     matrix = with_spectrum(400, 150, values)
