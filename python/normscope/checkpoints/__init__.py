@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from normscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from normscope.checkpoints.entries import CheckpointError
+from normscope.checkpoints.entries import CheckpointError, natural_order
 
-__all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointError", "natural_order", "open_checkpoint"]

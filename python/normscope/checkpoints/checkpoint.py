@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normscope.checkpoints.entries import CheckpointError, TensorFile, one_line
+from normscope.checkpoints.entries import CheckpointError, TensorFile, natural_order, one_line
 from normscope.checkpoints.pytorch_file import PyTorchFile
-from normscope.checkpoints.safetensors_file import SafetensorsFile, natural_order
+from normscope.checkpoints.safetensors_file import SafetensorsFile
 
 _IN_A_FOLDER = (
     "model.safetensors",

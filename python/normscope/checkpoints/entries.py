@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
@@ -46,3 +47,13 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     """What an error says, without line breaks, cut after ``limit`` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def natural_order(name: str) -> list[str | int]:
+    """A sort key for names, in which numbers are numbers; files that do not keep the model's order are read by it.
+
+    Example:
+        >>> sorted(["h.10.weight", "h.2.weight"], key=natural_order)
+        ['h.2.weight', 'h.10.weight']
+    """
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]

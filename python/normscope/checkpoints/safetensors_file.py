@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from normscope.checkpoints.entries import CheckpointError, Entry, one_line
+from normscope.checkpoints.entries import CheckpointError, Entry, natural_order, one_line
 from normscope.errors import require
 
 _DTYPES = {
@@ -82,8 +81,3 @@ class SafetensorsFile:
             raise CheckpointError(f"{self._path}: {name} cannot be read: {one_line(error)}") from error
         # Old writers did not pad the header, so that the values may lie where no pointer to them may point.
         return tensor.clone() if tensor.data_ptr() % tensor.dtype.itemsize else tensor
-
-
-def natural_order(name: str) -> list[str | int]:
-    """A sort key that puts ``h.2`` before ``h.10``; a safetensors file does not keep the order of the model."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]

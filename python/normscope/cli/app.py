@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from normscope.cli.grok import grok
+from normscope.cli.weights import weights
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
@@ -18,7 +19,8 @@ def normscope(
 ) -> None:
     """Watch norms, token gradients and spectra of a PyTorch model while it trains.
 
-    Start with `normscope grok`: it trains a small network until it groks and draws what happened.
+    Start with `normscope grok`: it trains a small network until it groks and draws what happened. `normscope weights`
+    reads a checkpoint.
     """
     if version:
         from normscope import __version__
@@ -29,3 +31,4 @@ def normscope(
 
 
 app.command()(grok)
+app.command()(weights)

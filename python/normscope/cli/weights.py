@@ -1,0 +1,261 @@
+"""``normscope weights``: norms and spectra of a checkpoint, and the change between two, without building the model."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from normscope.errors import NormscopeError, require
+
+if TYPE_CHECKING:
+    from normscope.cli.weights_measure import Layer, Measured
+
+_WHAT, _SHOW, _WRITE = "What is measured", "What is shown", "What is written"
+
+
+def weights(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A safetensors file, a .pt or .pth state dict, a sharded checkpoint's index, or a folder with one.",
+            show_default=False,
+        ),
+    ],
+    other: Annotated[
+        Path | None,
+        typer.Option(
+            "--compare",
+            metavar="OTHER",
+            help="A later checkpoint of the same model: show the change from CHECKPOINT to it.",
+            show_default=False,
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Only tensors whose name matches, such as 'h.*.attn.*'; may be given more than once.",
+            show_default=False,
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="No tensors whose name matches; may be given more than once.",
+            show_default=False,
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    effective_rank: Annotated[
+        str,
+        typer.Option(
+            metavar="[entropy|participation]",
+            help="exp of the entropy of the singular values, or (sum)^2 / sum of squares.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = "entropy",
+    total: Annotated[
+        str,
+        typer.Option(metavar="[sum|l2]", help="How the norms make up the total weight norm.", rich_help_panel=_WHAT),
+    ] = "sum",
+    sort: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="name, size, or a metric, the largest first: weight_norm, top_sv, effective_rank; with --compare "
+            "relative_change, cosine, weight_norm_change, ... Default: the order of the checkpoint.",
+            show_default=False,
+            rich_help_panel=_SHOW,
+        ),
+    ] = None,
+    ascending: Annotated[
+        bool, typer.Option("--ascending", help="With --sort: the smallest first.", rich_help_panel=_SHOW)
+    ] = False,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Only the first N tensors, shown and written; the summary is of all.",
+            show_default=False,
+            rich_help_panel=_SHOW,
+        ),
+    ] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT", help="Write a JSON object; - is standard output.", show_default=False, rich_help_panel=_WRITE
+        ),
+    ] = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT",
+            help="Write a row a tensor; - is standard output.",
+            show_default=False,
+            rich_help_panel=_WRITE,
+        ),
+    ] = None,
+    parquet: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT", help="Write the same as a Parquet table.", show_default=False, rich_help_panel=_WRITE
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT",
+            help="Draw the matrices over the layers: png, pdf or svg.",
+            show_default=False,
+            rich_help_panel=_WRITE,
+        ),
+    ] = None,
+) -> None:
+    """Show the norm, the largest singular value and the effective rank of every tensor of a checkpoint.
+
+    The model is not needed, and never in memory as a whole: tensors are read one by one. Tensors of integers are left
+    out, tied ones count once, and a tensor of more than two dimensions is the matrix first dimension x the rest. In a
+    pipe the table is tab-separated, with all digits and without the summary.
+
+    **Examples**
+
+    - `normscope weights model.safetensors`
+    - `normscope weights runs/mine/checkpoint.pt --sort effective_rank --ascending --top 10`
+    - `normscope weights models/gpt2 --exclude '*.bias' --plot weights.png --csv weights.csv`
+    - `normscope weights step1000.pt --compare step2000.pt --sort relative_change`
+    - `normscope weights model.safetensors --json - | jq .summary`
+    """
+    from normscope.checkpoints import open_checkpoint
+    from normscope.cli import weights_measure
+    from normscope.cli.weights_show import print_notes, progress
+    from normscope.metrics.weight_tracking import WeightTrackingOptions
+
+    try:
+        options = WeightTrackingOptions(cast(Any, effective_rank), cast(Any, total))
+    except ValueError as error:
+        raise typer.BadParameter(f"--{str(error).replace('_', '-', 1)}") from error
+    outputs = {"json": json, "csv": csv, "parquet": parquet, "plot": plot}
+    _prepare(outputs)
+    _check_sort(sort, is_comparison=other is not None)
+    patterns = tuple(include) if include else None, tuple(exclude) if exclude else None
+    opened = open_checkpoint(checkpoint)
+    later = None if other is None else open_checkpoint(other)
+    try:
+        with progress(f"reading {checkpoint.name}") as advance:
+            if later is None:
+                measured = weights_measure.measure(opened, options, *patterns, advance=advance)
+            else:
+                measured = weights_measure.compare(opened, later, options, *patterns, advance=advance)
+    except NormscopeError:
+        raise
+    except ValueError as error:  # a pattern that matches nothing
+        raise typer.BadParameter(_shortened(str(error))) from error
+    about = {"checkpoint": str(checkpoint), **({} if other is None else {"compared_with": str(other)})}
+    _hand_out(measured, _sorted(measured.layers, sort, ascending)[:top], about, vars(options), outputs)
+    print_notes(measured)
+    sys.stdout.flush()
+
+
+def _prepare(outputs: dict[str, Path | None]) -> None:
+    """Refuse what cannot be written before much is computed."""
+    from normscope.cli import weights_files
+
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        if str(path) != "-":
+            weights_files.prepare(path)
+        elif option in ("parquet", "plot"):
+            raise typer.BadParameter(f"--{option} needs a file; - is for --json and --csv")
+    if [str(path) for path in outputs.values()].count("-") > 1:
+        raise typer.BadParameter("--json - and --csv - would both go to standard output; name a file for one")
+    if outputs["parquet"] is not None:
+        require("pyarrow", "parquet")
+    if outputs["plot"] is not None:
+        kinds = require("matplotlib.figure", "plot").Figure().canvas.get_supported_filetypes()
+        kind = outputs["plot"].suffix.lstrip(".")
+        if kind not in kinds:
+            raise typer.BadParameter(f"--plot draws {', '.join(sorted(kinds))}, chosen by the ending; got {kind!r}")
+
+
+def _check_sort(sort: str | None, *, is_comparison: bool) -> None:
+    metrics = [*weights_keys(is_comparison), "name", "size"]
+    if sort is not None and sort not in metrics:
+        raise typer.BadParameter(f"--sort {sort}: choose one of {', '.join(metrics)}")
+
+
+def weights_keys(is_comparison: bool) -> list[str]:
+    """The metrics that layers may have."""
+    from normscope.cli.weights_measure import METRICS
+
+    if not is_comparison:
+        return list(METRICS)
+    changes = [f"{metric}_{part}" for metric in METRICS for part in ("change", "before", "after")]
+    return ["relative_change", "cosine", *changes]
+
+
+def _sorted(layers: Sequence[Layer], key: str | None, ascending: bool) -> list[Layer]:
+    """The layers in that order; those that lack the value come last."""
+    from normscope.checkpoints import natural_order
+
+    if key is None:
+        return list(layers)
+    if key == "name":
+        return sorted(layers, key=lambda layer: natural_order(layer.name), reverse=ascending)
+    sign = 1 if ascending else -1
+
+    def place(layer: Layer) -> tuple[bool, float]:
+        value = float(layer.size) if key == "size" else layer.values.get(key, math.nan)
+        return (True, 0.0) if math.isnan(value) else (False, sign * value)
+
+    return sorted(layers, key=place)
+
+
+def _hand_out(
+    measured: Measured,
+    layers: Sequence[Layer],
+    about: dict[str, str],
+    settings: dict[str, object],
+    outputs: dict[str, Path | None],
+) -> None:
+    """Write the files, and show the table unless one of them is standard output."""
+    from normscope.cli import weights_files
+    from normscope.cli.weights_show import show
+
+    chosen = replace(measured, layers=layers)
+    if outputs["json"] is not None:
+        weights_files.write(outputs["json"], weights_files.to_json(chosen, {**about, "options": settings}))
+    if outputs["csv"] is not None:
+        weights_files.write(outputs["csv"], weights_files.to_csv(chosen))
+    if outputs["parquet"] is not None:
+        weights_files.write(outputs["parquet"], weights_files.to_parquet(chosen))
+    title = " → ".join(about.values())
+    if outputs["plot"] is not None:
+        from normscope.cli.weights_plot import draw
+
+        weights_files.write(outputs["plot"], draw(measured, title, outputs["plot"].suffix.lstrip(".")))
+    if any(str(path) == "-" for path in outputs.values()):
+        return
+    if sys.stdout.isatty():
+        show(measured, title, layers, [str(path) for path in outputs.values() if path is not None])
+    else:
+        sys.stdout.write(weights_files.to_csv(chosen, "\t").decode())
+
+
+def _shortened(message: str) -> str:
+    """The message of a pattern that matches nothing, with a few of the names there are."""
+    start, marker, names = message.partition("; candidates: ")
+    listed = names.split(", ")
+    more = f" and {len(listed) - 6:,} more" if len(listed) > 6 else ""
+    return f"{start}{marker}{', '.join(listed[:6])}{more}"

@@ -1,0 +1,117 @@
+"""What ``normscope weights`` writes: JSON, CSV and Parquet, and tab-separated lines where no terminal reads."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import normscope
+from normscope.cli.weights_measure import Layer, Measured
+from normscope.errors import NormscopeError, require
+from normscope.grokking.run_folder import write_atomically
+
+
+class OutputError(NormscopeError, OSError):
+    """A file cannot be written; the message names it."""
+
+
+def columns_of(layers: Sequence[Layer]) -> list[str]:
+    """The metrics that any of the layers has, in a fixed order."""
+    return list(dict.fromkeys(metric for layer in layers for metric in layer.values))
+
+
+def to_json(measured: Measured, about: Mapping[str, object]) -> bytes:
+    """One JSON object: ``about``, the summary, the layers, each on a line. NaN is null, infinities are strings, as in JSON lines."""
+    parts = {
+        "normscope": normscope.__version__,
+        **about,
+        "summary": _numbers(measured.summary),
+        "skipped": dict(measured.skipped),
+        "tied": dict(measured.tied),
+    }
+    layers = [
+        {"name": layer.name, "shape": list(layer.shape), "dtype": layer.dtype, **_numbers(layer.values)}
+        for layer in measured.layers
+    ]
+    lines = [f"  {_json(key)}: {_json(value)}" for key, value in parts.items()]
+    lines.append('  "layers": [\n    ' + ",\n    ".join(map(_json, layers)) + "\n  ]")
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def to_csv(measured: Measured, delimiter: str = ",") -> bytes:
+    """A row a layer: name, shape as ``768x3072``, dtype, metrics; ``nan`` is undefined, an empty cell has no value."""
+    metrics = columns_of(measured.layers)
+    text = io.StringIO()
+    rows = csv.writer(text, delimiter=delimiter, lineterminator="\n")
+    rows.writerow(["name", "shape", "dtype", *metrics])
+    for layer in measured.layers:
+        cells = [repr(layer.values[metric]) if metric in layer.values else "" for metric in metrics]
+        rows.writerow([layer.name, "x".join(map(str, layer.shape)), layer.dtype, *cells])
+    return text.getvalue().encode()
+
+
+def to_parquet(measured: Measured) -> bytes:
+    """The same as a Parquet table: shape is a list of integers, a missing value is null.
+
+    Raises:
+        MissingExtraError: pyarrow is not installed.
+    """
+    arrow = require("pyarrow", "parquet")
+    columns = {
+        "name": arrow.array([layer.name for layer in measured.layers], arrow.string()),
+        "shape": arrow.array([list(layer.shape) for layer in measured.layers], arrow.list_(arrow.int64())),
+        "dtype": arrow.array([layer.dtype for layer in measured.layers], arrow.string()),
+    }
+    for metric in columns_of(measured.layers):
+        columns[metric] = arrow.array([layer.values.get(metric) for layer in measured.layers], arrow.float64())
+    file = io.BytesIO()
+    require("pyarrow.parquet", "parquet").write_table(arrow.table(columns), file)
+    return file.getvalue()
+
+
+def prepare(path: Path) -> None:
+    """Make the folder of ``path`` and check that a file can be there, before much is computed.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+    if path.is_dir():
+        raise OutputError(f"{path} cannot be written: it is a folder")
+
+
+def write(path: Path, content: bytes) -> None:
+    """Put ``content`` into the file ``path``, or on standard output if it is ``-``.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    if str(path) == "-":
+        sys.stdout.write(content.decode())
+        return
+    try:
+        write_atomically(path, lambda file: file.write(content))
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, allow_nan=False)
+
+
+def _numbers(values: Mapping[str, float]) -> dict[str, float | str | None]:
+    return {key: _number(value) for key, value in values.items()}
+
+
+def _number(value: float) -> float | str | None:
+    if math.isnan(value):
+        return None
+    return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
