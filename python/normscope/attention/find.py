@@ -1,0 +1,224 @@
+"""Finding the attention weights of a model or checkpoint, and reading them layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normscope.attention.families import families
+from normscope.attention.folding import already_folded, fold, norm_names, offset_of
+from normscope.attention.layouts import LayerHeads, LayoutError, checked, split
+from normscope.attention.source import HEAD_KEYS, Weights, WeightSource
+from normscope.attention.stacks import Stack, find_stacks
+
+_CROSS = ".multihead_attn"  # of a TransformerDecoderLayer
+
+
+class Attention:
+    """The attention of a model, read one layer at a time; :func:`find_attention` makes it.
+
+    Reading a module gives its weights at that moment; nothing is kept.
+
+    Attributes:
+        family: name of the layout.
+        stack: where it was found, with ``{layer}`` for the number of the layer.
+        layers: number of layers.
+        heads: number of (query) heads of each.
+        folded: whether query, key and value include the scale of the norm in front of them, because it was asked for
+            or because the model stores them so.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.TransformerEncoderLayer(8, nhead=2)
+        >>> found = find_attention(torch.nn.TransformerEncoder(layer, 3, enable_nested_tensor=False))
+        >>> found
+        Attention(family='torch', stack='layers.{layer}.self_attn', layers=3, heads=2, folded=False)
+        >>> found.layer(2).query.shape
+        torch.Size([2, 8, 4])
+        >>> found.names(0)
+        {'qkv': 'layers.0.self_attn.in_proj_weight', 'output': 'layers.0.self_attn.out_proj.weight'}
+    """
+
+    def __init__(self, weights: Weights, stack: Stack, heads: int) -> None:
+        self.family = stack.family.name
+        self.stack = stack.label
+        self.layers = len(stack.layers)
+        self.heads = heads
+        self._weights = weights
+        self._stack = stack
+        self._norms: list[str] | None = None
+        self._offset = 0.0
+        self.folded = already_folded(stack, weights)
+        if stack.family.split is None:  # a user's function may need the values
+            for index, names in enumerate(stack.layers):
+                empty = {role: torch.empty(weights.shape(name), device="meta") for role, name in names.items()}
+                self._split(index, empty)
+
+    def __repr__(self) -> str:
+        shown = ("family", "stack", "layers", "heads", "folded")
+        return f"Attention({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+
+    def names(self, index: int) -> dict[str, str]:
+        """Role -> name, as the source has it, of the weights that layer ``index`` is read from.
+
+        Raises:
+            IndexError: there is no such layer.
+        """
+        self._check(index)
+        names = dict(self._stack.layers[index])
+        if self._norms is not None:
+            names["norm"] = self._norms[index]
+        return {role: self._weights.names[name] for role, name in names.items()}
+
+    def layer(self, index: int) -> LayerHeads:
+        """The weights of layer ``index`` by head: the stored dtype and views, or float64 where the norm is folded here.
+
+        Raises:
+            IndexError: there is no such layer.
+            LayoutError: the shapes do not fit each other.
+            UnsupportedTensorError: a weight holds no values (meta or fake tensors), is sharded, quantised or sparse.
+        """
+        self._check(index)
+        loaded = {role: self._weights.load(name) for role, name in self._stack.layers[index].items()}
+        layer = self._split(index, loaded)
+        return layer if self._norms is None else fold(layer, self._weights.load(self._norms[index]), self._offset)
+
+    def _fold(self) -> Attention:
+        """The same, with the scale of the norm in front multiplied in."""
+        if not self.folded:
+            self._norms = norm_names(self._stack, self._weights)
+            self._offset = offset_of(self._stack, self._weights, self._norms[0])
+            self.folded = True
+        return self
+
+    def _check(self, index: int) -> None:
+        if not 0 <= index < self.layers:
+            raise IndexError(f"there is no layer {index} among {self.layers}")
+
+    def _split(self, index: int, weights: Mapping[str, Tensor]) -> LayerHeads:
+        family = self._stack.family
+        try:
+            if family.split is not None:
+                return checked(family.split(weights, self.heads), self.heads)
+            return checked(split(weights, self.heads, family.stored, family.fused), self.heads)
+        except LayoutError as error:
+            where = self.stack.replace("{layer}", self._stack.numbers[index]) or "the model"
+            raise LayoutError(f"{family.name} at {where}: {error}") from error
+
+
+def find_attention(
+    source: WeightSource,
+    *,
+    family: str | None = None,
+    heads: int | None = None,
+    config: Mapping[str, Any] | None = None,
+    fold_norm: bool = False,
+    stack: str | None = None,
+) -> Attention:
+    """The attention weights of a model, found by the names of its parameters; no values are read yet.
+
+    Prefixes such as ``transformer.`` or those of DDP, FSDP and ``torch.compile`` do not matter. Biases are ignored,
+    and so are cross-attentions beside a self-attention, unless ``stack`` names them. Layers are in numerical order.
+
+    Args:
+        source: a module, an open checkpoint, or a mapping name -> weight.
+        family: consider this family only; by default all that are known (:func:`families`).
+        heads: number of heads, if neither shapes nor ``config`` nor the module's own attributes or configuration tell.
+        config: the model's configuration: ``num_attention_heads`` or ``n_head``, ``model_type``, ``norm_first``.
+        fold_norm: multiply query, key and value by the scale of the LayerNorm or RMSNorm in front of them. Only the
+            scale: a LayerNorm's centring and bias are left out. Weights are then float64. For Gemma and Nemotron, known
+            by ``config``'s ``model_type``, the scale is 1 + weight.
+        stack: which one to take if a model has several stacks of attention: how its place begins.
+
+    Raises:
+        LayoutError: there is none, several fit, shapes do not fit each other, the number of heads is unknown, or there
+            is no norm to fold; the message says what was looked for.
+        TypeError: ``source`` is something else.
+
+    Example:
+        >>> import torch
+        >>> weights = {"h.0.attn.c_attn.weight": torch.ones(6, 18), "h.0.attn.c_proj.weight": torch.ones(6, 6)}
+        >>> find_attention(weights, heads=3)
+        Attention(family='gpt2', stack='h.{layer}.attn', layers=1, heads=3, folded=False)
+        >>> find_attention(weights)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        normscope.attention.layouts.LayoutError: h.{layer}.attn: the number of heads is in neither ...
+    """
+    if heads is not None and (isinstance(heads, bool) or not isinstance(heads, int) or heads < 1):
+        raise ValueError(f"heads must be a positive integer, got {heads!r}")
+    weights = Weights(source, config)
+    candidates = _candidates(weights, family, stack)
+    heads = _heads(weights, candidates[0], heads)
+    found, problems = None, []
+    for candidate in candidates:  # families with the same names: the shapes tell
+        try:
+            found = Attention(weights, candidate, heads)
+            break
+        except LayoutError as error:
+            problems.append(str(error))
+    if found is None:
+        raise LayoutError("; ".join(problems))
+    return found._fold() if fold_norm else found
+
+
+def _candidates(weights: Weights, family: str | None, stack: str | None) -> Sequence[Stack]:
+    """The stacks of one place that can be read; several only where families share their names."""
+    known = families()
+    if family is not None and family not in known:
+        raise LayoutError(f"there is no family {family!r}; known: {', '.join(known)}")
+    asked = known if family is None else {family: known[family]}
+    found = [each for variants in asked.values() for each in find_stacks(variants, weights.names)]
+    readable = [each for each in found if not each.problem]
+    if not readable:
+        raise LayoutError(_nothing(weights, asked, found))
+    if stack is not None:
+        chosen = [each for each in readable if each.label.startswith(stack)]
+        exact = [each for each in chosen if each.label == stack]
+        if not chosen:
+            raise LayoutError(f"no attention is at {stack!r}; there is some at {_listed(readable)}")
+        readable = exact or chosen
+    beside = {each.label.removesuffix(_CROSS) for each in readable if each.label.endswith(_CROSS)}
+    if any(each.label == f"{place}.self_attn" for each in readable for place in beside):
+        readable = [each for each in readable if not each.label.endswith(_CROSS)]
+    if len({each.label for each in readable}) > 1:
+        raise LayoutError(f"attention is in several places; choose one with stack=, they are {_listed(readable)}")
+    return readable[::-1]  # what a user registered comes before what is shipped
+
+
+def _listed(stacks: Sequence[Stack]) -> str:
+    return ", ".join(dict.fromkeys(f"{each.label or 'the model'} ({each.family.name})" for each in stacks))
+
+
+def _nothing(weights: Weights, asked: Mapping[str, Any], found: Sequence[Stack]) -> str:
+    looked_for = "; ".join(f"{name}: {', '.join(variants[0].patterns.values())}" for name, variants in asked.items())
+    nearly = "; ".join(dict.fromkeys(f"{each.family.name} at {each.label}: {each.problem}" for each in found))
+    names = list(weights.names)
+    held = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "no tensor"
+    partly = f" Found in part: {nearly}." if nearly else ""
+    return (
+        f"no attention of a known layout.{partly} Looked for, after any prefix, {looked_for}. The source holds {held}. "
+        "normscope.attention.register_family adds a layout"
+    )
+
+
+def _heads(weights: Weights, stack: Stack, heads: int | None) -> int:
+    """Number of heads: from the shapes, as given, or as the configuration or the modules say."""
+    where = stack.label or "the model"
+    first = stack.layers[0]
+    if stack.family.stored == "per_head" and stack.family.split is None:
+        stored = weights.shape(first["query"])[0]
+        if heads not in (None, stored):
+            raise LayoutError(f"{where}: heads={heads}, but the weights have {stored}")
+        return stored
+    found = heads if heads is not None else weights.lookup(next(iter(first.values())), HEAD_KEYS)
+    if found is None:
+        raise LayoutError(
+            f"{where}: the number of heads is in neither the shapes nor a configuration ({', '.join(HEAD_KEYS)}); "
+            "pass heads="
+        )
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise LayoutError(f"{where}: the configuration gives {found!r} as the number of heads; pass heads=")
+    return found

@@ -1,0 +1,129 @@
+"""One way to read weights from a module, a checkpoint on disk, or a mapping, by names without wrappers' prefixes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from normscope.errors import UnsupportedTensorError
+from normscope.ops.contract import DTYPES
+from normscope.tensors import clean_name
+
+#: What a number of heads is called in configurations and modules.
+HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "nhead")
+
+
+@runtime_checkable
+class CheckpointLike(Protocol):
+    """Named tensors that are read one at a time, such as an open checkpoint."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    @property
+    def config(self) -> Mapping[str, Any] | None: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def load(self, name: str) -> Tensor: ...
+
+
+WeightSource: TypeAlias = nn.Module | CheckpointLike | Mapping[str, Tensor]
+
+
+class Weights:
+    """Names, shapes and values of a source's tensors, and what its configuration says.
+
+    Raises:
+        TypeError: the source is none of a module, a checkpoint and a mapping.
+    """
+
+    def __init__(self, source: WeightSource, config: Mapping[str, Any] | None = None) -> None:
+        self._module = source if isinstance(source, nn.Module) else None
+        self._checkpoint: CheckpointLike | None = None
+        self._tensors: Mapping[str, Tensor] = {}
+        if isinstance(source, nn.Module):
+            self._tensors = dict(source.named_parameters(remove_duplicate=False))
+            self._tensors |= dict(source.named_buffers(remove_duplicate=False))
+        elif isinstance(source, CheckpointLike):
+            self._checkpoint = source
+        elif isinstance(source, Mapping):
+            self._tensors = {name: value for name, value in source.items() if isinstance(value, Tensor)}
+        else:
+            raise TypeError(
+                "expected a torch.nn.Module, an open checkpoint or a mapping name -> weight, "
+                f"got {type(source).__name__}"
+            )
+        self._given = config
+        #: Clean name -> name as it is stored.
+        self.names = _by_clean_name(self._tensors if self._checkpoint is None else self._checkpoint.names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Extents of the tensor with this clean name."""
+        stored = self.names[name]
+        if self._checkpoint is not None:
+            return tuple(self._checkpoint.shape(stored))
+        return tuple(self._tensors[stored].shape)
+
+    def load(self, name: str) -> Tensor:
+        """The tensor with this clean name, detached, as stored.
+
+        Raises:
+            UnsupportedTensorError: it holds no values (meta, fake), is sharded, quantised or sparse.
+        """
+        stored = self.names[name]
+        tensor = self._tensors[stored] if self._checkpoint is None else self._checkpoint.load(stored)
+        kind = type(tensor)
+        if tensor.is_meta or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            what = "a tensor on the meta device" if tensor.is_meta else f"a {kind.__name__}"
+            raise UnsupportedTensorError(0, f"{what} does not hold the values of the weight", stored)
+        if tensor.dtype not in DTYPES:
+            reason = f"dtype {tensor.dtype} is not one of float16, bfloat16, float32, float64 (quantised weights?)"
+            raise UnsupportedTensorError(0, reason, stored)
+        if tensor.layout is not torch.strided:
+            raise UnsupportedTensorError(0, f"layout {tensor.layout} is not dense", stored)
+        return tensor.detach()
+
+    def lookup(self, name: str, keys: Iterable[str]) -> Any:
+        """What is known under one of ``keys``: in the configuration given, in the modules that hold the parameter
+        (innermost first) and their configurations, in the checkpoint's configuration; None where nothing is."""
+        keys = tuple(keys)
+        for holder in self._holders(name):
+            for key in keys:
+                found = holder.get(key) if isinstance(holder, Mapping) else getattr(holder, key, None)
+                if isinstance(found, (bool, int, str)):
+                    return found
+        return None
+
+    def _holders(self, name: str) -> Iterator[Any]:
+        yield from _configurations(self._given)
+        if self._module is not None:
+            path = self.names[name].split(".")[:-1]
+            for depth in range(len(path), -1, -1):
+                module = self._module.get_submodule(".".join(path[:depth]))
+                yield module
+                for attribute in ("config", "cfg"):
+                    yield from _configurations(getattr(module, attribute, None))
+        if self._checkpoint is not None:
+            yield from _configurations(self._checkpoint.config)
+
+
+def _configurations(config: Any) -> Iterator[Any]:
+    """The configuration and, for one of several modalities, that of the text model."""
+    if config is None:
+        return
+    yield config
+    nested = config.get("text_config") if isinstance(config, Mapping) else getattr(config, "text_config", None)
+    if nested is not None:
+        yield nested
+
+
+def _by_clean_name(names: Iterable[str]) -> dict[str, str]:
+    """Clean name -> name; names that would be equal when clean keep their prefixes."""
+    stored = list(names)
+    uses = Counter(map(clean_name, stored))
+    return {clean if uses[clean := clean_name(name)] == 1 else name: name for name in stored}

@@ -1,0 +1,77 @@
+"""Which names are the attention weights of which layer: the stacks of layers that a family's patterns find."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import takewhile
+from typing import NamedTuple
+
+from normscope.attention.families import Family
+
+
+class Stack(NamedTuple):
+    """Layers of one kind, one above the other.
+
+    Attributes:
+        family: whose patterns found it.
+        label: where its attention is, with ``{layer}`` for the number; empty for the model itself.
+        prefix: what precedes the pattern.
+        numbers: the number of each layer as the names write it, ascending.
+        layers: for each layer, role -> name.
+        problem: why it is no attention that can be read; empty if it is.
+    """
+
+    family: Family
+    label: str
+    prefix: str
+    numbers: Sequence[str]
+    layers: Sequence[Mapping[str, str]]
+    problem: str
+
+
+def find_stacks(variants: Iterable[Family], names: Collection[str]) -> list[Stack]:
+    """Stacks among ``names`` by the patterns of one family; a name belongs to the first variant that fits it."""
+    left = dict.fromkeys(names)
+    found = []
+    for family in variants:
+        places: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+        for role, expression in family.expressions.items():
+            for name in left:
+                if match := expression.fullmatch(name):
+                    groups = match.groupdict("")
+                    layers = places.setdefault((groups["prefix"], groups.get("between", "")), {})
+                    layers.setdefault(groups.get("layer", ""), {})[role] = name
+        for (prefix, between), layers in places.items():
+            stack = _stack(family, prefix, between, layers)
+            if stack is not None:
+                found.append(stack)
+                if not stack.problem:
+                    for layer in layers.values():
+                        for name in layer.values():
+                            left.pop(name, None)
+    return found
+
+
+def _stack(family: Family, prefix: str, between: str, layers: Mapping[str, Mapping[str, str]]) -> Stack | None:
+    roles = list(family.patterns)
+    if not any("output" not in layer or len(layer) > 1 for layer in layers.values()) and len(roles) > 1:
+        return None  # output projections alone are also part of other kinds of attention
+    numbers = sorted(layers, key=lambda number: int(number or 0))
+    names = [prefix + pattern.replace(".*.", "." + between) for pattern in family.patterns.values()]
+    label = _common([name.split(".")[:-1] for name in names])
+    lacking = [
+        f"{label.replace('{layer}', number) or 'the model'} has no {role} weight"
+        for number in numbers
+        for role in roles
+        if role not in layers[number]
+    ]
+    if not lacking and family.counted and [int(number) for number in numbers] != list(range(len(numbers))):
+        absent = sorted(set(range(int(numbers[-1]))) - {int(number) for number in numbers})
+        lacking = [f"layers {', '.join(map(str, absent))} have none"] if absent else ["two names for one layer"]
+    return Stack(family, label, prefix, numbers, [layers[number] for number in numbers], "; ".join(lacking[:3]))
+
+
+def _common(paths: Sequence[Sequence[str]]) -> str:
+    """The parts with which all paths begin."""
+    parts = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))]
+    return ".".join(parts)
