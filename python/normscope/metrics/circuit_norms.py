@@ -1,0 +1,200 @@
+"""The OV norms of a circuit's heads against the others': ratio, how far chance explains it, and the course over depth."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+_QUANTILES = (0.025, 0.975)
+_ENUMERATED = 100_000  # head sets, as many of which are tried one by one
+_AT_ONCE = 1 << 20  # drawn numbers held at once
+_TIE = 1e-12  # sums of the same numbers in another order are equal up to this, relatively
+
+Array = NDArray[np.float64]
+
+
+class Chance(NamedTuple):
+    """What r_norm is for random head sets with as many heads in each layer as the circuit has.
+
+    Attributes:
+        p_value: share of them, the circuit itself counted, whose r_norm is at least the circuit's (one-sided).
+        interval: their 2.5 and 97.5 % quantiles.
+        sets: how many were tried.
+        exact: whether those are all there are.
+    """
+
+    p_value: float
+    interval: tuple[float, float]
+    sets: int
+    exact: bool
+
+
+class Course(NamedTuple):
+    """The trajectory: one value a layer that holds circuit heads, in the order of the layers.
+
+    Attributes:
+        layers: int64.
+        circuit, others: mean norm of the circuit's heads and of the layer's others, NaN where there are none.
+        ratio: circuit / others.
+        peak_layer: the layer whose circuit mean is largest, the first of several; None if all are NaN.
+        slope: least-squares slope of the circuit mean over the layer's index; NaN for fewer than two layers.
+        growth: factor a layer of the least-squares line through the logarithms; NaN for fewer than two layers.
+        line_share, exponential_share: R^2 of those two fits: of the means, and of their logarithms.
+    """
+
+    layers: NDArray[np.int64]
+    circuit: Array
+    others: Array
+    ratio: Array
+    peak_layer: int | None
+    slope: float
+    growth: float
+    line_share: float
+    exponential_share: float
+
+
+def r_norm(norms: Array, members: NDArray[np.bool_]) -> float:
+    """Mean norm of the circuit's heads over that of the others, heads whose norm is NaN left out; NaN where undefined.
+
+    Args:
+        norms: ``[layers, heads]``.
+        members: ``[layers, heads]``, which heads the circuit has.
+
+    Example:
+        >>> r_norm(np.array([[2.0, 1.0], [4.0, 3.0]]), np.array([[False, True], [True, False]]))
+        1.0
+    """
+    return _divide(_mean(norms[members]), _mean(norms[~members]))
+
+
+def chance(norms: Array, members: NDArray[np.bool_], *, draws: int = 10_000, seed: int = 0) -> Chance:
+    """Stratified permutation test of r_norm: the circuit's heads exchanged for others of the same layers.
+
+    All head sets are tried where there are at most 100,000, else ``draws`` random ones. Heads whose norm is NaN take no
+    part.
+
+    Args:
+        norms, members: as for :func:`r_norm`.
+        draws: random head sets, where not all are tried.
+        seed: of the generator, which is this call's own.
+    """
+    observed = r_norm(norms, members)
+    defined = ~np.isnan(norms)
+    values = _scaled(norms)
+    taken = [(row[here], int(picked[here].sum())) for row, picked, here in zip(values, members, defined, strict=True)]
+    taken = [(row, count) for row, count in taken if count]
+    if math.isnan(observed) or not np.isfinite(values[defined]).all():
+        return Chance(math.nan, (math.nan, math.nan), 0, True)
+    sets = math.prod(math.comb(len(row), count) for row, count in taken)
+    exact = sets <= _ENUMERATED
+    sums = _all_sums(taken) if exact else _random_sums(taken, draws, np.random.default_rng(seed))
+    total, own = values[defined].sum(), values[members & defined].sum()
+    as_large = int((sums >= own - _TIE * total).sum())
+    inside, outside = int((members & defined).sum()), int((~members & defined).sum())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = (sums / inside) / ((total - sums) / outside)
+    low, high = np.quantile(ratios, _QUANTILES)
+    p_value = as_large / sets if exact else (as_large + 1) / (draws + 1)
+    return Chance(p_value, (float(low), float(high)), sets if exact else draws, exact)
+
+
+def _all_sums(taken: list[tuple[Array, int]]) -> Array:
+    """Sum of the norms of every head set."""
+    sums = np.zeros(1)
+    for row, count in taken:
+        own = np.array([sum(chosen) for chosen in combinations(row.tolist(), count)])
+        sums = np.add.outer(sums, own).ravel()
+    return sums
+
+
+def _random_sums(taken: list[tuple[Array, int]], draws: int, generator: np.random.Generator) -> Array:
+    sums = np.zeros(draws)
+    for row, count in taken:
+        for start in range(0, draws, max(_AT_ONCE // len(row), 1)):
+            part = sums[start : start + max(_AT_ONCE // len(row), 1)]
+            order = np.argsort(generator.random((len(part), len(row))), axis=1)[:, :count]
+            part += row[order].sum(axis=1)
+    return sums
+
+
+def bootstrap(norms: Array, members: NDArray[np.bool_], *, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval (95 %) of r_norm: circuit heads and others drawn anew, each with replacement.
+
+    It says how much r_norm hangs on single heads; NaN where a side has fewer than two heads with a norm.
+
+    Args:
+        norms, members, draws, seed: as for :func:`chance`.
+    """
+    values = _scaled(norms)
+    sides = [side[~np.isnan(side)] for side in (values[members], values[~members])]
+    if min(map(len, sides)) < 2 or not all(np.isfinite(side).all() for side in sides):
+        return math.nan, math.nan
+    generator = np.random.default_rng(seed)
+    means = np.empty((2, draws))
+    for side, found in zip(sides, means, strict=True):
+        for start in range(0, draws, max(_AT_ONCE // len(side), 1)):
+            part = found[start : start + max(_AT_ONCE // len(side), 1)]
+            part[:] = side[generator.integers(len(side), size=(len(part), len(side)))].mean(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        low, high = np.quantile(means[0] / means[1], _QUANTILES)
+    return float(low), float(high)
+
+
+def course(norms: Array, members: NDArray[np.bool_]) -> Course:
+    """Layer by layer: the mean norm of circuit heads and of the others, where it peaks and how it grows.
+
+    Args:
+        norms, members: as for :func:`r_norm`.
+
+    Example:
+        >>> found = course(np.array([[1.0, 1.0], [5.0, 5.0], [4.0, 2.0]]), np.array([[1, 0], [0, 0], [1, 0]], dtype=bool))
+        >>> found.layers.tolist(), found.circuit.tolist(), found.ratio.tolist(), found.peak_layer, found.slope
+        ([0, 2], [1.0, 4.0], [1.0, 2.0], 2, 1.5)
+    """
+    layers = np.flatnonzero(members.any(axis=1))
+    circuit = np.array([_mean(norms[layer, members[layer]]) for layer in layers], dtype=np.float64)
+    others = np.array([_mean(norms[layer, ~members[layer]]) for layer in layers], dtype=np.float64)
+    ratio = np.array([_divide(a, b) for a, b in zip(circuit, others, strict=True)], dtype=np.float64)
+    peak = None if np.isnan(circuit).all() else int(layers[np.nanargmax(circuit)])
+    slope, line_share = _line(layers, circuit)
+    with np.errstate(divide="ignore"):
+        rate, exponential_share = _line(layers, np.log(circuit))
+    with np.errstate(over="ignore"):
+        growth = float(np.exp(rate))
+    return Course(layers, circuit, others, ratio, peak, slope, growth, line_share, exponential_share)
+
+
+def _line(layers: NDArray[np.int64], values: Array) -> tuple[float, float]:
+    """Slope of the least-squares line through the values that are not NaN, and the share of variance it explains."""
+    defined = ~np.isnan(values)
+    x, y = layers[defined].astype(np.float64), values[defined]
+    if len(y) < 2 or not np.isfinite(y).all():
+        return math.nan, math.nan
+    scale = float(np.abs(y).max()) or 1.0
+    x, y = x - x.mean(), y / scale
+    y -= y.mean()
+    slope = float(x @ y / (x @ x))
+    variance = float(y @ y)
+    share = 1.0 - float(((y - slope * x) ** 2).sum()) / variance if variance > 0.0 else math.nan
+    return slope * scale, share
+
+
+def _mean(values: Array) -> float:
+    defined = values[~np.isnan(values)]
+    return math.fsum(defined / len(defined)) if len(defined) else math.nan
+
+
+def _divide(numerator: float, denominator: float) -> float:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.float64(numerator) / np.float64(denominator))
+
+
+def _scaled(norms: Array) -> Array:
+    """The norms times a power of two, so that sums of them stay in range; ratios do not notice."""
+    finite = norms[np.isfinite(norms)]
+    exponent = int(np.frexp(finite.max())[1]) if len(finite) else 0
+    return np.ldexp(norms, -exponent)

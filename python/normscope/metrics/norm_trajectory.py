@@ -1,0 +1,219 @@
+"""Spectral norms and effective ranks of the OV and QK circuits of attention heads, from d_head x d_head matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normscope import ops
+from normscope.metrics.weight_tracking import effective_rank
+from normscope.ops.contract import SolverError
+
+if TYPE_CHECKING:
+    from normscope.attention import LayerHeads
+
+#: Squared column norms whose products float64 holds; others go through QR after scaling.
+_SMALLEST, _LARGEST = 1e-200, 1e200
+#: Largest trace of the inverse of a Gram matrix with unit diagonal whose Cholesky factor is taken. That of A^T A is off
+#: by a few u sqrt(d), which moves each singular value of the product by that times this, relatively: about 1e-10.
+_CONDITION = 1e5
+_BATCH = 1 << 24  # elements of weights at once
+
+
+class HeadValues(NamedTuple):
+    """Of every head, float64 ``[layers, heads]`` on the CPU; NaN where a weight of the head holds a NaN or inf.
+
+    Attributes:
+        ov_norm: sigma_1(W_V W_O), the most that the head amplifies what it moves.
+        qk_norm: sigma_1(W_Q W_K^T).
+        ov_effective_rank, qk_effective_rank: entropy effective rank of the same products, in [1, d_head]; NaN where the
+            product is zero.
+    """
+
+    ov_norm: Tensor
+    qk_norm: Tensor
+    ov_effective_rank: Tensor
+    qk_effective_rank: Tensor
+
+
+@torch.no_grad()
+def head_values(layers: Iterable[LayerHeads]) -> HeadValues:
+    """Spectral norms and effective ranks of W_V W_O and W_Q W_K^T of every head, as defined in float64.
+
+    No d_model x d_model matrix is formed: with A = Q_A R_A and B = Q_B R_B, the singular values of A B^T are those of
+    R_A R_B^T. R comes from the Cholesky factor of A^T A where that is well conditioned, else from a QR decomposition.
+    Layers are read one after another, and those of one shape computed together, up to 2^24 elements.
+
+    Args:
+        layers: float16, bfloat16, float32 or float64; all of them with equally many heads. Head h uses the key and the
+            value of group ``h // (heads // kv_heads)``.
+
+    Returns:
+        Norms within 1e-9 of themselves, whatever their magnitude in float64's range.
+
+    Raises:
+        ValueError: there is no layer, or the layers differ in their number of heads.
+        UnsupportedTensorError: another dtype or layout.
+    """
+    found = [values for batch in _batches(layers) for values in _of_batch(batch)]
+    if not found:
+        raise ValueError("there is no attention layer to measure")
+    counts = sorted({len(values.ov_norm) for values in found})
+    if len(counts) > 1:
+        raise ValueError(f"the layers have different numbers of heads: {', '.join(map(str, counts))}")
+    return HeadValues(*(torch.stack(column) for column in zip(*found, strict=True)))
+
+
+def _batches(layers: Iterable[LayerHeads]) -> Iterator[list[LayerHeads]]:
+    """Consecutive layers of one shape and device, together at most ``_BATCH`` elements or a single one."""
+    batch: list[LayerHeads] = []
+    for layer in layers:
+        size = sum(tensor.numel() for tensor in layer)
+        if batch and (_kind(layer) != _kind(batch[0]) or (len(batch) + 1) * size > _BATCH):
+            yield batch
+            batch = []
+        batch.append(layer)
+    if batch:
+        yield batch
+
+
+def _kind(layer: LayerHeads) -> list[object]:
+    return [(tensor.shape, tensor.device) for tensor in layer]
+
+
+def _of_batch(batch: Sequence[LayerHeads]) -> Iterator[HeadValues]:
+    """The values of each layer, ``[heads]``."""
+    ov_norm, ov_rank = _products(
+        [matrix for layer in batch for matrix in _readable(layer.value)],
+        [matrix.mT for layer in batch for matrix in _readable(layer.output)],
+    )
+    qk_norm, qk_rank = _products(
+        [matrix for layer in batch for matrix in _readable(layer.query)],
+        [matrix for layer in batch for matrix in _readable(layer.key)],
+    )
+    columns = (column.chunk(len(batch)) for column in (ov_norm, qk_norm, ov_rank, qk_rank))
+    return (HeadValues(*values) for values in zip(*columns, strict=True))
+
+
+def _readable(heads: Tensor) -> Sequence[Tensor]:
+    return (heads.cpu() if heads.device.type == "mps" else heads).detach().unbind(0)  # no float64 on mps
+
+
+def _products(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """sigma_1 and effective rank of A B^T for pairs with d columns; a matrix of the shorter list serves several
+    neighbours in the longer one."""
+    count = max(len(left), len(right))
+    first, second = _triangular(left).repeated(count), _triangular(right).repeated(count)
+    values = _singular_values((first.upper @ second.upper.mT).cpu(), first.plain & second.plain)
+    norms = _times_power_of_two(values[:, 0], first.exponents + second.exponents)
+    return norms, torch.func.vmap(effective_rank)(values)
+
+
+def _singular_values(cores: Tensor, plain: Tensor) -> Tensor:
+    """Singular values of each matrix, float64 ``[n, d]``, descending.
+
+    Args:
+        cores: float64 ``[n, d, d]``.
+        plain: ``[n]``, whether the small ones are not so small that an SVD finds them sooner than a Gram matrix does.
+    """
+    found = torch.full(cores.shape[:2], math.nan, dtype=torch.float64)
+    rows = (~plain & cores.flatten(1).isfinite().all(1)).nonzero()[:, 0]
+    if len(rows):
+        try:
+            found[rows] = torch.linalg.svdvals(cores[rows])
+        except SolverError:
+            plain = plain.index_fill(0, rows, True)
+    rows = plain.nonzero()[:, 0]
+    if len(rows):
+        spectra = ops.singular_values([cores[row] for row in rows.tolist()])
+        found[rows] = torch.stack([spectrum.values for spectrum in spectra])
+    return found
+
+
+class _Factors(NamedTuple):
+    """Of n matrices A with d columns, R such that R^T R 4^e = A^T A.
+
+    Attributes:
+        upper: R, float64 ``[n, d, d]``; NaN where A holds a NaN or inf.
+        exponents: e, int64 ``[n]`` on the CPU.
+        plain: bool ``[n]`` on the CPU: the condition of A is small for certain.
+    """
+
+    upper: Tensor
+    exponents: Tensor
+    plain: Tensor
+
+    def repeated(self, count: int) -> _Factors:
+        """Each as often in a row as makes ``count``."""
+        times = count // len(self.plain)
+        return self if times == 1 else _Factors(*(column.repeat_interleave(times, dim=0) for column in self))
+
+
+def _triangular(matrices: Sequence[Tensor]) -> _Factors:
+    """Factors of matrices of one shape, ``[rows, d]``, on one device."""
+    rows, width = matrices[0].shape
+    count = len(matrices)
+    upper = torch.empty((0,), dtype=torch.float64)
+    exact = plain = torch.zeros(count, dtype=torch.bool)
+    if rows >= width:  # else A^T A is singular
+        upper, exact, plain = _by_cholesky(torch.stack(ops.grams(matrices)))
+    exponents = torch.zeros(count, dtype=torch.int64)
+    others = (~exact).nonzero()[:, 0]
+    if len(others):
+        found, exponents[others] = _by_qr(torch.stack([matrices[row] for row in others.tolist()]))
+        upper = upper if len(others) < count else found.new_empty((count, width, width))
+        upper[others.to(upper.device)] = found
+    return _Factors(upper, exponents, plain)
+
+
+def _by_cholesky(grams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """R of each Gram matrix, whether it is exact, and whether that was plain to see.
+
+    With G scaled to unit diagonal, det G <= e lambda_min, as the other eigenvalues multiply to at most
+    (d / (d - 1))^(d - 1); where that bound is too weak, tr G^-1 is computed.
+    """
+    width = grams.shape[-1]
+    squares = grams.diagonal(dim1=-2, dim2=-1)
+    usable = ((squares > _SMALLEST) & (squares < _LARGEST)).all(-1)  # NaN is not
+    if not bool(usable.all()):
+        identity = torch.eye(width, dtype=grams.dtype, device=grams.device)
+        grams = torch.where(usable[:, None, None], grams, identity)
+    lower, failed = torch.linalg.cholesky_ex(grams)
+    exact = usable & (failed == 0)
+    log_det = 2 * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1) - squares.log().sum(-1)
+    plain = exact & (log_det >= 1 + math.log(width / _CONDITION))
+    unsure = (exact & ~plain).nonzero()[:, 0]
+    if len(unsure):
+        identity = torch.eye(width, dtype=grams.dtype, device=grams.device).expand(len(unsure), width, width)
+        inverse = torch.linalg.solve_triangular(lower[unsure], identity, upper=False)
+        trace = (inverse.square().sum(-2) * squares[unsure]).sum(-1)
+        exact[unsure] = trace <= _CONDITION
+    return lower.mT, exact.cpu(), plain.cpu()
+
+
+def _by_qr(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """R of each of ``[n, rows, d]`` and its power of two; NaN where one holds a NaN or inf."""
+    wide = matrices.to(torch.float64)
+    largest = wide.abs().amax((1, 2))
+    finite = largest.isfinite()
+    wide = torch.where(finite[:, None, None], wide, 0.0)
+    exponents = torch.frexp(torch.where(finite, largest, 1.0)).exponent.to(torch.int64)
+    found = torch.linalg.qr(_times_power_of_two(wide, -exponents[:, None, None]), mode="r").R
+    width = matrices.shape[-1]
+    upper = found.new_zeros((len(found), width, width))
+    upper[:, : found.shape[1]] = found
+    upper[~finite] = math.nan
+    return upper, exponents.cpu()
+
+
+def _times_power_of_two(values: Tensor, exponents: Tensor) -> Tensor:
+    """``values * 2**exponents`` for exponents that float64 does not hold as a power of two."""
+    if not bool(exponents.any()):
+        return values
+    for part in range(4):
+        values = torch.ldexp(values, (exponents + part).div(4, rounding_mode="floor"))
+    return values
