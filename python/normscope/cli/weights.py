@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from normscope.cli.weights_measure import Layer, Measured
 
 _WHAT, _SHOW, _WRITE = "What is measured", "What is shown", "What is written"
+_PICTURES = (".png", ".pdf", ".svg")
 
 
 def weights(
@@ -68,6 +69,16 @@ def weights(
         str,
         typer.Option(metavar="[sum|l2]", help="How the norms make up the total weight norm.", rich_help_panel=_WHAT),
     ] = "sum",
+    estimate_above: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Estimate the spectra of matrices whose smaller side is longer than N; files get the intervals too.",
+            show_default=False,
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
     sort: Annotated[
         str | None,
         typer.Option(
@@ -142,7 +153,7 @@ def weights(
     from normscope.metrics.weight_tracking import WeightTrackingOptions
 
     try:
-        options = WeightTrackingOptions(cast(Any, effective_rank), cast(Any, total))
+        options = WeightTrackingOptions(cast(Any, effective_rank), cast(Any, total), estimate_above)
     except ValueError as error:
         raise typer.BadParameter(f"--{str(error).replace('_', '-', 1)}") from error
     outputs = {"json": json, "csv": csv, "parquet": parquet, "plot": plot}
@@ -183,26 +194,17 @@ def _prepare(outputs: dict[str, Path | None]) -> None:
     if outputs["parquet"] is not None:
         require("pyarrow", "parquet")
     if outputs["plot"] is not None:
-        kinds = require("matplotlib.figure", "plot").Figure().canvas.get_supported_filetypes()
-        kind = outputs["plot"].suffix.lstrip(".")
-        if kind not in kinds:
-            raise typer.BadParameter(f"--plot draws {', '.join(sorted(kinds))}, chosen by the ending; got {kind!r}")
+        require("matplotlib.figure", "plot")
+        if outputs["plot"].suffix not in _PICTURES:
+            raise typer.BadParameter(f"--plot {outputs['plot']}: the ending must be one of {', '.join(_PICTURES)}")
 
 
 def _check_sort(sort: str | None, *, is_comparison: bool) -> None:
-    metrics = [*weights_keys(is_comparison), "name", "size"]
-    if sort is not None and sort not in metrics:
-        raise typer.BadParameter(f"--sort {sort}: choose one of {', '.join(metrics)}")
+    from normscope.cli.weights_measure import CHANGES, METRICS
 
-
-def weights_keys(is_comparison: bool) -> list[str]:
-    """The metrics that layers may have."""
-    from normscope.cli.weights_measure import METRICS
-
-    if not is_comparison:
-        return list(METRICS)
-    changes = [f"{metric}_{part}" for metric in METRICS for part in ("change", "before", "after")]
-    return ["relative_change", "cosine", *changes]
+    keys = ("name", "size", *(CHANGES if is_comparison else METRICS))
+    if sort is not None and sort not in keys:
+        raise typer.BadParameter(f"--sort {sort}: choose one of {', '.join(keys)}")
 
 
 def _sorted(layers: Sequence[Layer], key: str | None, ascending: bool) -> list[Layer]:

@@ -7,11 +7,11 @@ import io
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import normscope
-from normscope.cli.weights_measure import Layer, Measured
+from normscope.cli.weights_measure import Measured
 from normscope.errors import NormscopeError, require
 from normscope.grokking.run_folder import write_atomically
 
@@ -20,13 +20,8 @@ class OutputError(NormscopeError, OSError):
     """A file cannot be written; the message names it."""
 
 
-def columns_of(layers: Sequence[Layer]) -> list[str]:
-    """The metrics that any of the layers has, in a fixed order."""
-    return list(dict.fromkeys(metric for layer in layers for metric in layer.values))
-
-
 def to_json(measured: Measured, about: Mapping[str, object]) -> bytes:
-    """One JSON object: ``about``, the summary, the layers, each on a line. NaN is null, infinities are strings, as in JSON lines."""
+    """One JSON object, each layer on a line of its own. NaN is null and infinities are strings, as in JSON lines."""
     parts = {
         "normscope": normscope.__version__,
         **about,
@@ -45,12 +40,11 @@ def to_json(measured: Measured, about: Mapping[str, object]) -> bytes:
 
 def to_csv(measured: Measured, delimiter: str = ",") -> bytes:
     """A row a layer: name, shape as ``768x3072``, dtype, metrics; ``nan`` is undefined, an empty cell has no value."""
-    metrics = columns_of(measured.layers)
     text = io.StringIO()
     rows = csv.writer(text, delimiter=delimiter, lineterminator="\n")
-    rows.writerow(["name", "shape", "dtype", *metrics])
+    rows.writerow(["name", "shape", "dtype", *measured.metrics])
     for layer in measured.layers:
-        cells = [repr(layer.values[metric]) if metric in layer.values else "" for metric in metrics]
+        cells = [repr(layer.values[metric]) if metric in layer.values else "" for metric in measured.metrics]
         rows.writerow([layer.name, "x".join(map(str, layer.shape)), layer.dtype, *cells])
     return text.getvalue().encode()
 
@@ -67,7 +61,7 @@ def to_parquet(measured: Measured) -> bytes:
         "shape": arrow.array([list(layer.shape) for layer in measured.layers], arrow.list_(arrow.int64())),
         "dtype": arrow.array([layer.dtype for layer in measured.layers], arrow.string()),
     }
-    for metric in columns_of(measured.layers):
+    for metric in measured.metrics:
         columns[metric] = arrow.array([layer.values.get(metric) for layer in measured.layers], arrow.float64())
     file = io.BytesIO()
     require("pyarrow.parquet", "parquet").write_table(arrow.table(columns), file)

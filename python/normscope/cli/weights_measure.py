@@ -29,6 +29,12 @@ _LARGE, _SCALE = 2.0**960, 2.0**-64
 
 #: Of a layer; vectors have the first alone.
 METRICS = ("weight_norm", "top_sv", "effective_rank")
+#: Of a layer in a comparison.
+CHANGES = (
+    "relative_change",
+    "cosine",
+    *(f"{metric}_{part}" for metric in METRICS for part in ("before", "after", "change")),
+)
 
 
 class CompareError(NormscopeError, ValueError):
@@ -68,12 +74,14 @@ class Measured:
 
     Attributes:
         layers: in the checkpoint's order, unless sorted.
+        metrics: what layers may have, whether or not one of these does.
         summary: over all layers that were measured.
         skipped: dtype -> how many tensors of it were not measured.
         tied: name -> the name under which the same tensor is measured.
     """
 
     layers: Sequence[Layer]
+    metrics: Sequence[str]
     summary: Mapping[str, float]
     skipped: Mapping[str, int] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
@@ -117,7 +125,9 @@ def measure(
         _layer(checkpoint, name, stored, {"weight_norm": norms[name], **_as_floats(spectra.get(name, {}))})
         for name, stored in chosen.stored.items()
     ]
-    return Measured(layers, _summary(norms, spectra, options), chosen.skipped, chosen.tied)
+    return Measured(
+        layers, _metrics_of(layers, METRICS), _summary(norms, spectra, options), chosen.skipped, chosen.tied
+    )
 
 
 def compare(
@@ -166,7 +176,7 @@ def compare(
     }
     first_summary, second_summary = (_summary(norms[side], spectra[side], options) for side in (0, 1))
     summary |= _differences(first_summary, second_summary, tuple(first_summary))
-    return Measured(layers, summary, chosen.skipped, chosen.tied)
+    return Measured(layers, _metrics_of(layers, CHANGES), summary, chosen.skipped, chosen.tied)
 
 
 def _choose(checkpoint: Checkpoint, include: tuple[str, ...] | None, exclude: tuple[str, ...] | None) -> _Chosen:
@@ -297,6 +307,10 @@ def _differences(before: Mapping[str, float], after: Mapping[str, float], metric
 
 def _layer(checkpoint: Checkpoint, name: str, stored: str, values: Mapping[str, float]) -> Layer:
     return Layer(name, checkpoint.shape(stored), _short(checkpoint.dtype(stored)), values)
+
+
+def _metrics_of(layers: Sequence[Layer], always: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([*always, *(metric for layer in layers for metric in layer.values)]))
 
 
 def _as_floats(found: Mapping[str, Number]) -> dict[str, float]:

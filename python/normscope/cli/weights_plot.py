@@ -173,7 +173,7 @@ def _draw_bars(figure: Figure, panels: Sequence[_Panel], shown: Sequence[Layer])
         finite = [value if math.isfinite(value) else 0.0 for value in values]
         axis.barh(range(len(shown)), finite, color=_COLORS[column], height=0.6)
         for place, value in enumerate(values):
-            text = f"{value:.1%}" if panel.is_share else f"{value:.4g}"
+            text = f"{100 * value:.3g}%" if panel.is_share else f"{value:.4g}"
             axis.annotate(
                 text if math.isfinite(value) else "undefined",
                 (finite[place], place),
@@ -189,7 +189,7 @@ def _draw_bars(figure: Figure, panels: Sequence[_Panel], shown: Sequence[Layer])
         axis.set_ylim(len(shown) - 0.4, -0.6)
         axis.set_title(panel.title, loc="left", fontsize=10, color=_INK, pad=6)
         if panel.is_share:
-            axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if abs(value) > 0.05 else f"{value:.2g}")
+            axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
         axis.locator_params(axis="x", nbins=4)
 
 
@@ -202,18 +202,22 @@ def _prepare(axis: Axes) -> None:
 
 
 def _scale(axis: Axes, panel: _Panel, values: Sequence[float]) -> None:
-    """A log axis where positive values differ by more than a factor of 8."""
+    """A log axis where positive values differ by more than a factor of 8, else one with the zero on it."""
     ticker = require("matplotlib.ticker", "plot")
     positive = [value for value in values if 0 < value < math.inf]
     if panel.may_be_log and positive and max(positive) > 8 * min(positive):
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if max(positive) < 300 * min(positive) else (1,)))
         axis.yaxis.set_minor_locator(ticker.NullLocator())
-        form = "{:.2g}%" if panel.is_share else "{:g}"
-        factor = 100.0 if panel.is_share else 1.0
-        axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: form.format(value * factor)))
-    elif panel.is_share:
-        axis.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
+    else:
+        finite = [0.0, *(value for value in values if math.isfinite(value))]
+        top, bottom = max(finite), min(finite)
+        room = 0.07 * (top - bottom) or 1.0
+        axis.set_ylim(bottom - room if bottom else 0.0, top + room if top else 0.0)
+        axis.yaxis.set_major_locator(ticker.MaxNLocator(5))
+        if bottom and top:
+            axis.axhline(0.0, color="#BBBBBB", linewidth=1.0, zorder=1)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%" if panel.is_share else f"{value:g}")
 
 
 def _short_names(names: Sequence[str]) -> list[str]:

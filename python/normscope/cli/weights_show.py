@@ -13,11 +13,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from normscope.cli.weights_files import columns_of
 from normscope.cli.weights_measure import Layer, Measured
 from normscope.sinks.console_table import format_value
 
 _BAR = 8  # cells
+_ONLY_WRITTEN = ("_before", "_after", "_low", "_high")
 
 _HEADINGS = {
     "weight_norm": "norm",
@@ -57,7 +57,7 @@ def show(measured: Measured, title: str, shown: Sequence[Layer], files: Sequence
     """Print the table of the layers ``shown`` of all that were measured, the summary, and what was written."""
     console = Console(highlight=False)
     plain = not console.encoding.startswith("utf")
-    metrics = [metric for metric in columns_of(measured.layers) if not metric.endswith(("_before", "_after"))]
+    metrics = [metric for metric in measured.metrics if not metric.endswith(_ONLY_WRITTEN)]
     values = sum(layer.size for layer in measured.layers)
     head = Text(title, style="bold")
     dtypes = sorted({layer.dtype for layer in measured.layers})
@@ -88,11 +88,11 @@ def show(measured: Measured, title: str, shown: Sequence[Layer], files: Sequence
         console.print(Text(f"{len(measured.layers) - len(shown):,} more tensors", style="dim"))
     console.print()
     for name, value in measured.summary.items():
-        if not name.endswith(("_before", "_after")):
+        if not name.endswith(_ONLY_WRITTEN):
             label = name.replace("_", " ").replace("top sv", "top singular value")
-            console.print(Text.assemble((f"{label:<26}", "dim"), _text(value)))
+            console.print(Text.assemble((f"{label:<34}", "dim"), _text(value)))
     for file in files:
-        console.print(Text.assemble((f"{'written':<26}", "dim"), file), soft_wrap=True)
+        console.print(Text.assemble((f"{'written':<34}", "dim"), file), soft_wrap=True)
 
 
 def notes(measured: Measured) -> list[str]:
