@@ -25,12 +25,12 @@ MODULES = {
 ROOMS: tuple[tuple[str, ...], ...] = (
     ("record", "errors"),
     ("stats",),
-    ("tensors",),
+    ("tensors", "checkpoints"),
     ("ops",),
-    ("spectra",),
+    ("spectra", "attention"),
     ("metrics",),
     ("reading",),
-    ("observer", "pending", "accumulate", "unchanged", "functional"),
+    ("observer", "pending", "accumulate", "unchanged", "functional", "trajectory", "trajectory_plot"),
     ("observers", "shared_pass"),
     ("monitor",),
     ("integrations", "grokking"),
@@ -42,11 +42,12 @@ SINKS_MAY_IMPORT = {"record", "errors", "sinks"}
 #: Rooms that are users of the rest, and so may import sinks and the public names.
 WRITERS = {"grokking", "cli", "integrations"}
 
-OPTIONAL = ("rich", "typer", "matplotlib", "tensorboard", "torch.utils.tensorboard", "scipy")
+OPTIONAL = ("rich", "typer", "matplotlib", "tensorboard", "torch.utils.tensorboard", "scipy", "safetensors", "pyarrow")
 #: The public names that a reader of the design expects, as far as they exist in this version.
 PUBLIC = (
     "Monitor",
     "Norms",
+    "NormTrajectory",
     "TokenGradient",
     "WeightTracking",
     "norms",
@@ -55,6 +56,8 @@ PUBLIC = (
     "singular_values",
     "top_singular_value",
     "estimate_spectrum",
+    "norm_trajectory",
+    "Trajectory",
     "backends",
     "backend",
     "read_records",
@@ -156,7 +159,8 @@ def test_optional_packages_are_imported_when_used(module: str) -> None:
     heavy = {
         name
         for name in at_import
-        if name.split(".")[0] in ("rich", "typer", "matplotlib", "tensorboard", "scipy", "click")
+        if name.split(".")[0]
+        in ("rich", "typer", "matplotlib", "tensorboard", "scipy", "safetensors", "pyarrow", "click")
     }
     assert not heavy or room(module) == "cli", f"{module} imports {heavy} when it is imported"
 

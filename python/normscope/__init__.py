@@ -12,12 +12,13 @@ from normscope.metrics.token_gradient import TokenGradientOptions
 from normscope.metrics.weight_tracking import WeightTrackingOptions
 from normscope.monitor import Monitor
 from normscope.observer import Intervention, Observer, Reads, View
-from normscope.observers import Norms, TokenGradient, WeightTracking
+from normscope.observers import Norms, NormTrajectory, TokenGradient, WeightTracking
 from normscope.ops.backends import BackendInfo, backend, backends
 from normscope.record import LifecyclePoint, Record
 from normscope.sinks import read_records
 from normscope.spectra.estimate import SpectrumEstimate, estimate_spectrum
 from normscope.spectra.top import TopSingularValues, TopState, top_singular_value
+from normscope.trajectory import Trajectory, norm_trajectory
 
 try:
     __version__ = _version("normscope")
@@ -37,6 +38,7 @@ __all__ = [
     "Intervention",
     "LifecyclePoint",
     "Monitor",
+    "NormTrajectory",
     "Norms",
     "NormscopeError",
     "Observer",
@@ -47,12 +49,14 @@ __all__ = [
     "TokenGradientOptions",
     "TopSingularValues",
     "TopState",
+    "Trajectory",
     "View",
     "WeightTracking",
     "WeightTrackingOptions",
     "backend",
     "backends",
     "estimate_spectrum",
+    "norm_trajectory",
     "norms",
     "read_records",
     "singular_values",

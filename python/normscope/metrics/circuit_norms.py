@@ -1,4 +1,4 @@
-"""The OV norms of a circuit's heads against the others': ratio, how far chance explains it, and the course over depth."""
+"""OV norms of a circuit's heads and of the others: their ratio, what chance makes of it, the course over depth."""
 
 from __future__ import annotations
 
@@ -151,7 +151,8 @@ def course(norms: Array, members: NDArray[np.bool_]) -> Course:
         norms, members: as for :func:`r_norm`.
 
     Example:
-        >>> found = course(np.array([[1.0, 1.0], [5.0, 5.0], [4.0, 2.0]]), np.array([[1, 0], [0, 0], [1, 0]], dtype=bool))
+        >>> members = np.array([[True, False], [False, False], [True, False]])
+        >>> found = course(np.array([[1.0, 1.0], [5.0, 5.0], [4.0, 2.0]]), members)
         >>> found.layers.tolist(), found.circuit.tolist(), found.ratio.tolist(), found.peak_layer, found.slope
         ([0, 2], [1.0, 4.0], [1.0, 2.0], 2, 1.5)
     """

@@ -1,12 +1,13 @@
-"""The observers normscope ships: gradient norms, token gradients and weights."""
+"""The observers normscope ships: gradient norms, token gradients, weights and attention heads."""
 
 from __future__ import annotations
 
 from normscope.observer import Observer
 from normscope.observers.gradients import Norms, TokenGradient
+from normscope.observers.heads import NormTrajectory
 from normscope.observers.weights import WeightTracking
 
-__all__ = ["SHIPPED", "Norms", "TokenGradient", "WeightTracking"]
+__all__ = ["SHIPPED", "NormTrajectory", "Norms", "TokenGradient", "WeightTracking"]
 
 #: Known to change nothing, so that no monitor checks that they did not; a subclass may.
-SHIPPED: frozenset[type[Observer]] = frozenset({Norms, TokenGradient, WeightTracking})
+SHIPPED: frozenset[type[Observer]] = frozenset({Norms, NormTrajectory, TokenGradient, WeightTracking})

@@ -1,0 +1,317 @@
+"""``ns.norm_trajectory``: what the attention heads of a model can amplify, and a circuit's heads against the others."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from normscope.attention import Attention, Circuit, LayerHeads, find_attention, find_circuit, validate
+from normscope.attention.circuits import CircuitLike
+from normscope.checkpoints import Checkpoint, open_checkpoint
+from normscope.metrics.circuit_norms import Chance, Course, bootstrap, chance, course, r_norm
+from normscope.metrics.norm_trajectory import head_values
+
+Source: TypeAlias = "nn.Module | Mapping[str, Tensor] | Checkpoint | str | os.PathLike[str]"
+
+#: The criteria of the reading in words.
+HIGHER = 1.5  # r_norm above this is substantially higher amplification capacity
+FLAT = 0.2  # largest - smallest value of a flat trajectory, over their mean
+EXPONENTIAL_SHARE = 0.8  # least R^2 of the line through the logarithms of an exponential trajectory
+EXPONENTIAL_GROWTH = 2.0  # least factor from its first to its last layer by that line
+FEWEST_LAYERS = 3  # of which the course over depth is read; an exponential one has one more
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """What :func:`norm_trajectory` finds.
+
+    Attributes:
+        ov_norm, qk_norm: sigma_1(W_V W_O), sigma_1(W_Q W_K^T), float64 ``[layers, heads]``; NaN for a head whose
+            weights hold a NaN or inf.
+        ov_effective_rank, qk_effective_rank: entropy effective rank of those products, in [1, d_head]; NaN where the
+            product is zero.
+        family, stack: the layout and where it was found, see :class:`normscope.attention.Attention`.
+        folded: whether the scale of the norm in front of the attention is part of the weights.
+        circuit: the circuit; None makes all that follows NaN, None or empty.
+        draws, seed: of the two intervals.
+
+    Example:
+        >>> import torch, normscope as ns
+        >>> eye, zero = torch.eye(2), torch.zeros(2, 2)
+        >>> layer = torch.nn.MultiheadAttention(2, num_heads=2, bias=False)
+        >>> with torch.no_grad():
+        ...     _ = layer.in_proj_weight.copy_(torch.eye(2).repeat(3, 1))
+        ...     _ = layer.out_proj.weight.copy_(torch.diag(torch.tensor([2.0, 1.0])))
+        >>> found = ns.norm_trajectory(layer, [(0, 0)])
+        >>> found.ov_norm.tolist(), found.r_norm, found.p_value
+        ([[2.0, 1.0]], 2.0, 0.5)
+    """
+
+    ov_norm: NDArray[np.float64]
+    qk_norm: NDArray[np.float64]
+    ov_effective_rank: NDArray[np.float64]
+    qk_effective_rank: NDArray[np.float64]
+    family: str
+    stack: str
+    folded: bool
+    circuit: Circuit | None = None
+    draws: int = field(default=10_000, repr=False)
+    seed: int = field(default=0, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.circuit is not None:
+            validate(self.circuit, *self.ov_norm.shape)
+        if not isinstance(self.draws, int) or self.draws < 1:
+            raise ValueError(f"draws must be a positive integer, got {self.draws!r}")
+
+    def with_circuit(self, circuit: CircuitLike | None) -> Trajectory:
+        """The same heads with another circuit; nothing is measured again.
+
+        Raises:
+            CircuitError: the circuit is unknown or names heads that the model lacks.
+        """
+        found = None if circuit is None else find_circuit(circuit)
+        arrays = self.ov_norm, self.qk_norm, self.ov_effective_rank, self.qk_effective_rank
+        return Trajectory(*arrays, self.family, self.stack, self.folded, found, self.draws, self.seed)
+
+    @cached_property
+    def members(self) -> NDArray[np.bool_]:
+        """Which heads the circuit has, ``[layers, heads]``."""
+        found = np.zeros(self.ov_norm.shape, dtype=bool)
+        for head in self.circuit.heads if self.circuit else ():
+            found[head] = True
+        return found
+
+    @cached_property
+    def r_norm(self) -> float:
+        """Mean OV norm of the circuit's heads over that of all others; heads whose norm is NaN take no part."""
+        return r_norm(self.ov_norm, self.members)
+
+    @cached_property
+    def chance(self) -> Chance:
+        """The permutation test behind :attr:`p_value` and :attr:`chance_interval`."""
+        return chance(self.ov_norm, self.members, draws=self.draws, seed=self.seed)
+
+    @property
+    def p_value(self) -> float:
+        """Share of random head sets, as many in each layer as the circuit has, with an r_norm at least as large.
+
+        One-sided. All sets are tried where there are at most 100,000, else ``draws`` of them: (k + 1) / (draws + 1).
+        """
+        return self.chance.p_value
+
+    @property
+    def chance_interval(self) -> tuple[float, float]:
+        """2.5 and 97.5 % quantiles of r_norm over those random head sets: where it would lie if the circuit's heads
+        were like the others of their layers. It is no interval around :attr:`r_norm`."""
+        return self.chance.interval
+
+    @cached_property
+    def bootstrap_interval(self) -> tuple[float, float]:
+        """95 % percentile bootstrap interval around :attr:`r_norm`: heads of the circuit and others drawn anew, each
+        side with replacement. It says how much r_norm hangs on single heads, not whether chance explains it."""
+        return bootstrap(self.ov_norm, self.members, draws=self.draws, seed=self.seed)
+
+    @cached_property
+    def course(self) -> Course:
+        """Per layer that holds circuit heads: ``layers``, ``circuit``, ``others``, ``ratio``; and fits over depth."""
+        return course(self.ov_norm, self.members)
+
+    @property
+    def peak_layer(self) -> int | None:
+        """The layer in which the circuit's mean OV norm is largest; None without one."""
+        return self.course.peak_layer
+
+    @property
+    def slope(self) -> float:
+        """Least-squares slope of the circuit's mean OV norm over the layer's index; NaN for fewer than two layers."""
+        return self.course.slope
+
+    @property
+    def pattern(self) -> str:
+        """What the circuit's trajectory looks like, by these criteria, the first that holds.
+
+        ``"unknown"``: fewer than 3 layers, or a norm that is not finite. ``"flat"``: largest minus smallest mean at
+        most 20 % of their mean. ``"exponential growth"``: at least 4 layers, R^2 of the line through the logarithms at
+        least 0.8 and above that of the line through the values, and a factor of 2 or more from first to last layer by
+        that line. Otherwise ``"rising"`` or ``"falling"`` where the line explains half the variance, else ``"uneven"``.
+        """
+        means = self.course.circuit[~np.isnan(self.course.circuit)]
+        layers = self.course.layers[~np.isnan(self.course.circuit)]
+        if len(means) < FEWEST_LAYERS or not np.isfinite(means).all():
+            return "unknown"
+        relative = means / (means.max() or 1.0)
+        if relative.max() - relative.min() <= FLAT * relative.mean():
+            return "flat"
+        share, line_share = self.course.exponential_share, self.course.line_share
+        if (
+            len(means) > FEWEST_LAYERS
+            and share >= EXPONENTIAL_SHARE
+            and share > line_share
+            and math.log(self.course.growth) * (layers[-1] - layers[0]) >= math.log(EXPONENTIAL_GROWTH)
+        ):
+            return "exponential growth"
+        if line_share >= 0.5:
+            return "rising" if self.slope > 0 else "falling"
+        return "uneven"
+
+    @property
+    def reading(self) -> str:
+        """The numbers in words, a sentence a line; empty without a circuit."""
+        return "\n".join(self._sentences()) if self.circuit else ""
+
+    def _sentences(self) -> Iterator[str]:
+        low, high = self.chance_interval
+        if math.isnan(self.r_norm):
+            yield "r_norm is undefined: on one side there is no head with a norm, or all norms are zero."
+        else:
+            level = (
+                "substantially higher amplification capacity"
+                if self.r_norm > HIGHER
+                else "no substantially higher amplification capacity"
+            )
+            yield f"r_norm = {self.r_norm:.3g}: {level} of the circuit's heads (the threshold is {HIGHER})."
+        if not math.isnan(self.p_value):
+            explained = "chance explains it" if self.p_value > SIGNIFICANT else "chance hardly explains it"
+            yield (
+                f"Random head sets with as many heads in each layer: {low:.3g} to {high:.3g} (95 %), "
+                f"p = {self.p_value:.2g}: {explained}."
+            )
+        if self.peak_layer is not None:
+            peak = np.nanmax(self.course.circuit)
+            yield f"The circuit's OV norm is largest in layer {self.peak_layer}, {peak:.3g}. {self._pattern_in_words()}"
+        yield "The weights establish capacity, not use: no input was run through the model."
+
+    def _pattern_in_words(self) -> str:
+        return {
+            "unknown": "There are too few layers to read its course over depth.",
+            "flat": "Over depth it is flat: no structural differentiation.",
+            "exponential growth": f"It grows exponentially with depth, {self.course.growth:.3g}-fold a layer: "
+            "perturbations are amplified.",
+            "rising": f"It rises with depth, by {self.slope:.2g} a layer, but not exponentially.",
+            "falling": f"It falls with depth, by {-self.slope:.2g} a layer.",
+            "uneven": "It goes up and down over depth, without a trend.",
+        }[self.pattern]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain lists and numbers, for JSON; what is NaN stays NaN."""
+        found: dict[str, Any] = {
+            "family": self.family,
+            "stack": self.stack,
+            "folded": self.folded,
+            "ov_norm": self.ov_norm.tolist(),
+            "qk_norm": self.qk_norm.tolist(),
+            "ov_effective_rank": self.ov_effective_rank.tolist(),
+            "qk_effective_rank": self.qk_effective_rank.tolist(),
+        }
+        return found if self.circuit is None else found | {"circuit": self.circuit_dict()}
+
+    def circuit_dict(self) -> dict[str, Any]:
+        """What concerns the circuit alone, as plain lists and numbers.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.circuit is None:
+            raise ValueError("there is no circuit; give one with with_circuit()")
+        return {
+            "name": self.circuit.name,
+            "heads": [list(head) for head in self.circuit.heads],
+            "source": self.circuit.source,
+            "r_norm": self.r_norm,
+            "p_value": self.p_value,
+            "chance_interval": list(self.chance_interval),
+            "chance_sets": self.chance.sets,
+            "chance_exact": self.chance.exact,
+            "bootstrap_interval": list(self.bootstrap_interval),
+            "layers": self.course.layers.tolist(),
+            "circuit_ov_norm": self.course.circuit.tolist(),
+            "other_ov_norm": self.course.others.tolist(),
+            "ratio": self.course.ratio.tolist(),
+            "peak_layer": self.peak_layer,
+            "slope": self.slope,
+            "growth": self.course.growth,
+            "pattern": self.pattern,
+            "reading": self.reading,
+        }
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the heads and the circuit's trajectory to ``path``; its ending decides the format (png, pdf, svg).
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        from normscope.trajectory_plot import plot_trajectories
+
+        plot_trajectories([self], path)
+
+
+def norm_trajectory(
+    source: Source,
+    circuit: CircuitLike | None = None,
+    *,
+    fold_norm: bool = False,
+    family: str | None = None,
+    heads: int | None = None,
+    config: Mapping[str, Any] | None = None,
+    stack: str | None = None,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> Trajectory:
+    """How much the OV and QK circuits of attention heads can amplify, and a circuit's heads against the others.
+
+    From the weights alone; biases are ignored, and so are rotary positions, see :mod:`normscope.attention`. Layers are
+    read one at a time; no d_model x d_model matrix is formed. Norms are exact to 1e-9, as defined in float64.
+
+    Args:
+        source: a module, a mapping name -> weight, or the path of a checkpoint.
+        circuit: a shipped name (``"ioi"``, ``"sva"``, ``"greater_than"``, ``"induction"``), the path of a JSON or TOML
+            file, ``"0.1,3.0"``, or a sequence of (layer, head).
+        fold_norm, family, heads, config, stack: see :func:`normscope.attention.find_attention`.
+        draws: random head sets of the permutation test (unless all are tried) and samples of the bootstrap.
+        seed: of both; no other random state is touched.
+
+    Raises:
+        LayoutError: no attention of a known layout was found; the message lists what was looked for.
+        CircuitError: the circuit is unknown, cannot be read, or names heads that the model lacks.
+        CheckpointError: the path is no checkpoint, or it is damaged.
+        UnsupportedTensorError: weights of another dtype or layout.
+
+    Example:
+        >>> import torch, normscope as ns
+        >>> model = torch.nn.TransformerEncoderLayer(8, nhead=2)
+        >>> found = ns.norm_trajectory(model, "0.1")
+        >>> found.ov_norm.shape, found.course.layers.tolist()
+        ((1, 2), [0])
+    """
+    named = None if circuit is None else find_circuit(circuit)
+    if isinstance(source, (str, os.PathLike)):
+        source = open_checkpoint(source)
+    attention = find_attention(source, family=family, heads=heads, config=config, fold_norm=fold_norm, stack=stack)
+    if named is not None:  # before anything is read
+        validate(named, attention.layers, attention.heads)
+    layers = (attention.layer(index) for index in range(attention.layers))
+    return measured(attention, layers, named, draws=draws, seed=seed)
+
+
+def measured(
+    attention: Attention,
+    layers: Iterable[LayerHeads],
+    circuit: Circuit | None = None,
+    *,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> Trajectory:
+    """The trajectory of the layers of ``attention``, which the caller reads, one after another."""
+    ov_norm, qk_norm, ov_rank, qk_rank = (column.numpy() for column in head_values(layers))
+    named = attention.family, attention.stack, attention.folded
+    return Trajectory(ov_norm, qk_norm, ov_rank, qk_rank, *named, circuit, draws, seed)
