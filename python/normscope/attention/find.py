@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normscope.attention.families import families
 from normscope.attention.folding import already_folded, fold, norm_names, offset_of
 from normscope.attention.layouts import LayerHeads, LayoutError, checked, split
+from normscope.attention.registry import families
 from normscope.attention.source import HEAD_KEYS, Weights, WeightSource
 from normscope.attention.stacks import Stack, find_stacks
 
@@ -209,7 +209,10 @@ def _heads(weights: Weights, stack: Stack, heads: int | None) -> int:
     where = stack.label or "the model"
     first = stack.layers[0]
     if stack.family.stored == "per_head" and stack.family.split is None:
-        stored = weights.shape(first["query"])[0]
+        shape = weights.shape(first["query"])
+        if len(shape) != 3:
+            raise LayoutError(f"{weights.names[first['query']]} has shape {list(shape)}, not [heads, d_model, d_head]")
+        stored = shape[0]
         if heads not in (None, stored):
             raise LayoutError(f"{where}: heads={heads}, but the weights have {stored}")
         return stored

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normscope.attention.families import Family
 from normscope.attention.layouts import LayerHeads, LayoutError
+from normscope.attention.registry import Family
 from normscope.attention.source import Weights
 from normscope.attention.stacks import Stack
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
-from normscope.attention.families import Family
+from normscope.attention.registry import Family
 
 
 class Stack(NamedTuple):
