@@ -75,7 +75,7 @@ def _reason(error: Exception) -> str:
     text = str(error)
     if "TorchScript" in text:
         return "is a TorchScript archive, which holds code; save the model's state_dict() instead"
-    held = re.search(r"Unsupported (?:global: GLOBAL|class) ([\w.]+)", text)
+    held = re.search(r"unsupported (?:global: )?(?:global|class) ([\w.]+)", text, re.IGNORECASE)
     if held:
         return f"holds a pickled {held[1]}, and unpickling objects can run code; save the model's state_dict() instead"
     if "Weights only load failed" in text:

@@ -43,7 +43,7 @@ def weights(
         list[str] | None,
         typer.Option(
             metavar="PATTERN",
-            help="Only tensors whose name matches, such as 'h.*.attn.*'; may be given more than once.",
+            help="Only tensors whose name matches, such as `h.*.attn.*`; may be given more than once.",
             show_default=False,
             rich_help_panel=_WHAT,
         ),
@@ -143,7 +143,7 @@ def weights(
 
     - `normscope weights model.safetensors`
     - `normscope weights runs/mine/checkpoint.pt --sort effective_rank --ascending --top 10`
-    - `normscope weights models/gpt2 --exclude '*.bias' --plot weights.png --csv weights.csv`
+    - `normscope weights models/gpt2 --exclude '*.bias' --plot weights.png`
     - `normscope weights step1000.pt --compare step2000.pt --sort relative_change`
     - `normscope weights model.safetensors --json - | jq .summary`
     """
@@ -249,10 +249,14 @@ def _hand_out(
         weights_files.write(outputs["plot"], draw(measured, title, outputs["plot"].suffix.lstrip(".")))
     if any(str(path) == "-" for path in outputs.values()):
         return
-    if sys.stdout.isatty():
+    if _is_terminal():
         show(measured, title, layers, [str(path) for path in outputs.values() if path is not None])
     else:
         sys.stdout.write(weights_files.to_csv(chosen, "\t").decode())
+
+
+def _is_terminal() -> bool:
+    return sys.stdout.isatty()
 
 
 def _shortened(message: str) -> str:

@@ -120,7 +120,7 @@ def _draw_layers(
             _prepare(points)
             _draw_points(points, panel, alone, with_names=row == len(panels) - 1)
             _scale(points, panel, [panel.value(layer) for layer in alone])
-        (points or axis).set_title(panel.title, loc="left", fontsize=10, color=_INK, pad=6)
+        (points or axis).set_title(panel.title, loc="left", fontsize=10, color=_INK, pad=9)
         if row < len(panels) - 1:
             axis.tick_params(labelbottom=False)
     ticker = require("matplotlib.ticker", "plot")
@@ -214,7 +214,7 @@ def _scale(axis: Axes, panel: _Panel, values: Sequence[float]) -> None:
         top, bottom = max(finite), min(finite)
         room = 0.07 * (top - bottom) or 1.0
         axis.set_ylim(bottom - room if bottom else 0.0, top + room if top else 0.0)
-        axis.yaxis.set_major_locator(ticker.MaxNLocator(5))
+        axis.yaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
         if bottom and top:
             axis.axhline(0.0, color="#BBBBBB", linewidth=1.0, zorder=1)
     axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%" if panel.is_share else f"{value:g}")
