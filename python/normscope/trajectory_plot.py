@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,12 @@ _LARGEST_CELLS = 60  # layers or heads, beyond which cells have no gaps between 
 
 
 def plot_trajectories(trajectories: Sequence[Trajectory], path: str | os.PathLike[str]) -> None:
-    """Draw one row for each circuit of one model to ``path``; its ending decides the format (png, pdf, svg).
+    """Draw circuits of one model to ``path`` as :func:`drawn` does; its ending decides the format (png, pdf, svg)."""
+    Path(path).write_bytes(drawn(trajectories, Path(path).suffix.lstrip(".") or "png"))
+
+
+def drawn(trajectories: Sequence[Trajectory], kind: str) -> bytes:
+    """The picture as a file of that format, a row for each circuit.
 
     On the left the OV norms, layer x head, on the right the mean of the circuit's heads and of the others. The band is
     where that mean lies, layer by layer, for 95 % of random heads of the layer, as many as the circuit has there.
@@ -46,7 +52,9 @@ def plot_trajectories(trajectories: Sequence[Trajectory], path: str | os.PathLik
         _draw_heads(part, left, trajectory)
         _draw_course(right, trajectory)
         part.suptitle(_heading(trajectory), color=_INK, fontsize=12, fontweight="bold", x=0.01, ha="left")
-    figure.savefig(path, dpi=150, format=Path(path).suffix.lstrip(".") or "png")
+    file = io.BytesIO()
+    figure.savefig(file, dpi=150, format=kind)
+    return file.getvalue()
 
 
 def _heading(trajectory: Trajectory) -> str:
@@ -109,12 +117,12 @@ def _draw_course(axis: Axes, trajectory: Trajectory) -> None:
         _line(axis, layers, others, "other heads", _OTHERS)
         _line(axis, course.layers, course.circuit, "circuit", _CIRCUIT, marker="o")
         _title(axis, "mean OV norm; shaded: random heads of the layer, 95 %")
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.12 * max(axis.get_ylim()[1], 1e-300))  # room for the legend
     axis.set_xlim(-0.5, len(layers) - 0.5)
     step = max(1, -(-len(layers) // 12))
     axis.set_xticks(layers[::step])
     axis.set_xlabel("layer", color=_INK)
-    axis.legend(loc="best", frameon=False, fontsize=10, labelcolor="linecolor", handlelength=1.2)
+    axis.legend(loc="upper left", frameon=False, fontsize=10, labelcolor="linecolor", handlelength=1.2, ncols=2)
 
 
 def _band(trajectory: Trajectory, layer: int) -> tuple[float, float]:

@@ -1,0 +1,195 @@
+"""``normscope trajectory``: what the attention heads of a checkpoint can amplify, and circuits against the others."""
+
+from __future__ import annotations
+
+import json as json_module
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from normscope.errors import require
+
+if TYPE_CHECKING:
+    from normscope.attention import Attention, Circuit, LayerHeads
+    from normscope.trajectory import Trajectory
+
+_WHAT, _MODEL, _WRITE = "What is compared", "How the model is read", "What is written"
+_PICTURES = (".png", ".pdf", ".svg")
+
+
+def trajectory(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A safetensors file, a .pt or .pth state dict, a sharded checkpoint's index, or a folder with one.",
+            show_default=False,
+        ),
+    ],
+    circuit: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="ioi, sva, greater-than or induction (of GPT-2 small), or a .json or .toml file; may be given more "
+            "than once.",
+            show_default=False,
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="A circuit of your own, as layer.head: 0.1,3.0.",
+            show_default=False,
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    draws: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Random head sets, where there are too many to try all of them.", rich_help_panel=_WHAT
+        ),
+    ] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="Of those head sets.", rich_help_panel=_WHAT)] = 0,
+    fold_norm: Annotated[
+        bool,
+        typer.Option(
+            "--fold-norm",
+            help="Multiply query, key and value by the scale of the norm in front of them.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = False,
+    family: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Read this layout only, such as gpt2 or llama. Default: the one that fits.",
+            show_default=False,
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    head_count: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Heads of a layer, for a checkpoint without a config.json.",
+            show_default=False,
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    stack: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PREFIX",
+            help="Which attention, where a model has several: how its name begins.",
+            show_default=False,
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT", help="Write a JSON object; - is standard output.", show_default=False, rich_help_panel=_WRITE
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT",
+            help="Draw the heads and the trajectory of each circuit: png, pdf or svg.",
+            show_default=False,
+            rich_help_panel=_WRITE,
+        ),
+    ] = None,
+) -> None:
+    """Show how much each attention head of a checkpoint can amplify, and a circuit's heads against the others.
+
+    The OV norm of a head is the largest singular value of W_V W_O. Weights are read layer by layer, and no input is run
+    through the model: what is found is capacity, not use. Layers and heads are counted from 0.
+
+    **Examples**
+
+    - `normscope trajectory gpt2/ --circuit ioi --circuit sva --plot circuits.png`
+    - `normscope trajectory model.safetensors --heads 0.1,3.0 --head-count 12`
+    - `normscope trajectory model/ --json - | jq .ov_norm`
+    """
+    from normscope.attention import Circuit, find_attention, find_circuit, parse_heads, validate
+    from normscope.checkpoints import open_checkpoint
+    from normscope.trajectory import measured
+
+    _prepare(json, plot)
+    circuits = [find_circuit(name) for name in circuit or ()]
+    if heads is not None:
+        circuits.append(Circuit(heads.strip(), parse_heads(heads), ""))
+    attention = find_attention(
+        open_checkpoint(checkpoint), family=family, heads=head_count, fold_norm=fold_norm, stack=stack
+    )
+    for each in circuits:
+        validate(each, attention.layers, attention.heads)
+    found = measured(attention, _read(attention, checkpoint.name), draws=draws, seed=seed)
+    _hand_out(checkpoint, found, circuits, json, plot)
+
+
+def _prepare(json: Path | None, plot: Path | None) -> None:
+    """Refuse what cannot be written before much is computed."""
+    from normscope.cli import weights_files
+
+    if json is not None and str(json) != "-":
+        weights_files.prepare(json)
+    if plot is not None:
+        require("matplotlib.figure", "plot")
+        if plot.suffix not in _PICTURES:
+            raise typer.BadParameter(f"--plot {plot}: the ending must be one of {', '.join(_PICTURES)}")
+        weights_files.prepare(plot)
+
+
+def _read(attention: Attention, name: str) -> Iterator[LayerHeads]:
+    """The layers, one by one, with a bar that says how many are done."""
+    from normscope.cli.weights_show import progress
+
+    with progress(f"reading {name}") as advance:
+        for index in range(attention.layers):
+            yield attention.layer(index)
+            advance(1 / attention.layers)
+
+
+def _hand_out(
+    checkpoint: Path, found: Trajectory, circuits: Sequence[Circuit], json: Path | None, plot: Path | None
+) -> None:
+    """Write the files, and show the rest unless the JSON is standard output."""
+    from normscope.cli import weights_files
+    from normscope.cli.trajectory_show import show
+
+    trajectories = [found.with_circuit(circuit) for circuit in circuits]
+    if json is not None:
+        content = {
+            "checkpoint": str(checkpoint),
+            **found.to_dict(),
+            "circuits": [trajectory.circuit_dict() for trajectory in trajectories],
+        }
+        text = json_module.dumps(_jsonable(content), allow_nan=False)
+        weights_files.write(json, f"{text}\n".encode())
+    if plot is not None:
+        from normscope.trajectory_plot import drawn
+
+        weights_files.write(plot, drawn(trajectories or [found], plot.suffix.lstrip(".")))
+    if str(json) != "-":
+        show(str(checkpoint), trajectories or [found], [str(path) for path in (json, plot) if path is not None])
+    sys.stdout.flush()
+
+
+def _jsonable(value: Any) -> Any:
+    """The same with null for NaN and ``"Infinity"`` for infinity, as in a file of records."""
+    if isinstance(value, dict):
+        return {key: _jsonable(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_jsonable(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
