@@ -23,8 +23,9 @@ def grok(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="[mlp|transformer]",
-            help="mlp: one hidden layer, all pairs at once. transformer: 2 layers, mini-batches. Default: mlp.",
+            metavar="[mlp|transformer|attention]",
+            help="mlp: one hidden layer, all pairs at once. transformer: 2 layers, mini-batches. attention: one layer "
+            "of 4 heads, all pairs at once. Default: mlp.",
             show_default=False,
             rich_help_panel=_TASK,
         ),
@@ -58,7 +59,7 @@ def grok(
     weight_decay: Annotated[
         float | None,
         typer.Option(
-            help="Weight decay of AdamW; the mlp's acts on matrices only. Default: mlp 1, transformer 0.1.",
+            help="Weight decay of AdamW; the transformer's acts on biases too. Default: 1, transformer 0.1.",
             show_default=False,
             rich_help_panel=_TRAINING,
         ),
@@ -66,7 +67,7 @@ def grok(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            help="Pairs in a mini-batch; 0 is all of them at once. Default: mlp 0, transformer 256.",
+            help="Pairs in a mini-batch; 0 is all of them at once. Default: 0, transformer 256.",
             show_default=False,
             rich_help_panel=_TRAINING,
         ),
@@ -91,7 +92,7 @@ def grok(
     max_steps: Annotated[
         int | None,
         typer.Option(
-            help="Optimizer steps after which to stop in any case. Default: mlp 50,000, transformer 1,000,000.",
+            help="Optimizer steps after which to stop in any case. Default: 50,000, transformer 1,000,000.",
             show_default=False,
             rich_help_panel=_TRAINING,
         ),
@@ -100,7 +101,8 @@ def grok(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="What to record beside the norm: norms, weight_tracking, token_gradient, all, none. Default: all.",
+            help="What to record beside the norm: norms, weight_tracking, token_gradient, norm_trajectory (needs "
+            "attention), all, none. Default: all, transformer all but norm_trajectory.",
             show_default=False,
             rich_help_panel=_RUN,
         ),
@@ -126,7 +128,7 @@ def grok(
     threads: Annotated[
         int | None,
         typer.Option(
-            help="Threads; part of the run, as rounding depends on them. Default: torch's, mlp at most 2.",
+            help="Threads, part of the run: rounding depends on them. Default: torch's, at most 2 but for transformer.",
             show_default=False,
             rich_help_panel=_RUN,
         ),
@@ -137,7 +139,7 @@ def grok(
     With the defaults this takes about half a minute: the network knows its training pairs by heart near step 150, and
     understands the rest near step 5,100, when its weight norm has come down to about 54.5.
 
-    The run folder gets `config.json`, `metrics.jsonl` (mlp: a record at each step of a geometric grid; transformer: one
+    The run folder gets `config.json`, `metrics.jsonl` (a record at each step of a geometric grid; with mini-batches one
     after every epoch), `curves.png` and `checkpoint.pt`. The run ends when the test accuracy has stayed at 90 % or
     above for 5 records, or at --max-steps. After Ctrl-C or a kill the same command goes on from the checkpoint, as if
     nothing had happened.
@@ -148,9 +150,8 @@ def grok(
     - `normscope grok --p 97 --seed 3 --out runs/mine`
     - `normscope grok --resume runs/mine --max-steps 100000`
     - `normscope grok --model transformer --p 9973 --ordering stride`
+    - `normscope grok --model attention --p 113 --train-fraction 0.3`
     """
-    from normscope.grokking.config import parse_observers
-
     settings: dict[str, Any] = {
         "model": model,
         "p": p,
@@ -162,7 +163,7 @@ def grok(
         "ordering": ordering,
         "stride": stride,
         "max_steps": max_steps,
-        "observe": None if observe is None else parse_observers(observe),
+        "observe": observe,
         "threads": threads,
     }
     given = {name: value for name, value in settings.items() if value is not None}
@@ -175,7 +176,7 @@ def _run(given: dict[str, Any], out: Path | None, resume: Path | None) -> int:
     from normscope.grokking import GrokConfig, Stop, train
 
     if resume is None:
-        config = GrokConfig(**given)
+        config = GrokConfig(**_parsed(given, "mlp"))
         folder = out or Path("runs") / config.name
     elif out is not None:
         raise typer.BadParameter("--resume names the run folder; leave out --out")
@@ -188,6 +189,15 @@ def _run(given: dict[str, Any], out: Path | None, resume: Path | None) -> int:
     return 128 + caught[0] if run.stop is Stop.INTERRUPTED else 0
 
 
+def _parsed(given: dict[str, Any], model: str) -> dict[str, Any]:
+    """The settings with the names in ``observe`` as a tuple; ``model`` is that of the run if none is given."""
+    from normscope.grokking.config import parse_observers
+
+    if "observe" not in given:
+        return given
+    return given | {"observe": parse_observers(given["observe"], given.get("model", model))}
+
+
 def _resumed(folder: Path, given: dict[str, Any]) -> GrokConfig:
     """The configuration in ``folder``, with ``max_steps`` if it was given.
 
@@ -198,7 +208,7 @@ def _resumed(folder: Path, given: dict[str, Any]) -> GrokConfig:
     from normscope.grokking.run_folder import describe_differences
 
     found = RunFolder(folder).read_config()
-    config = replace(found, **given)
+    config = replace(found, **_parsed(given, found.model))
     differences = found.differences(config)
     if differences:
         raise RunFolderError(

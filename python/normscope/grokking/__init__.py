@@ -1,9 +1,9 @@
-"""Grokking under observation: modular addition, two models, and a training that records, checkpoints and resumes."""
+"""Grokking under observation: modular addition, three models, and a training that records, checkpoints and resumes."""
 
 from __future__ import annotations
 
 from normscope.grokking.config import ConfigurationError, GrokConfig
-from normscope.grokking.models import MLP, Transformer, build_model, build_optimizer
+from normscope.grokking.models import MLP, AttentionModel, Transformer, build_model, build_optimizer
 from normscope.grokking.observers import WeightNorm
 from normscope.grokking.plot import plot_run
 from normscope.grokking.run_folder import RunFolder, RunFolderError
@@ -14,6 +14,7 @@ from normscope.grokking.transitions import Transitions, find_transitions
 
 __all__ = [
     "MLP",
+    "AttentionModel",
     "ConfigurationError",
     "Examples",
     "GrokConfig",

@@ -13,15 +13,19 @@ from normscope.errors import NormscopeError
 from normscope.observer import LoopKind
 
 ORDERINGS = ("random", "stride")
-OBSERVERS = ("norms", "weight_tracking", "token_gradient")
+OBSERVERS = ("norms", "weight_tracking", "token_gradient", "norm_trajectory")
+_OF_HEADS = "norm_trajectory"  # needs a model with attention
 
+_PLAIN = tuple(name for name in OBSERVERS if name != _OF_HEADS)
 _BY_MODEL: dict[str, dict[str, Any]] = {
-    "mlp": {"weight_decay": 1.0, "batch_size": 0, "max_steps": 50_000},
-    "transformer": {"weight_decay": 0.1, "batch_size": 256, "max_steps": 1_000_000},
+    "mlp": {"weight_decay": 1.0, "batch_size": 0, "max_steps": 50_000, "observe": _PLAIN},
+    "transformer": {"weight_decay": 0.1, "batch_size": 256, "max_steps": 1_000_000, "observe": _PLAIN},
+    "attention": {"weight_decay": 1.0, "batch_size": 0, "max_steps": 50_000, "observe": OBSERVERS},
 }
 MODELS = tuple(_BY_MODEL)
 _LARGEST_P = math.isqrt(2**63 - 1)  # pairs are numbered with int64
-_MLP_THREADS = 2  # its matrices are small, and more threads wait longer for one another on a busy machine
+#: The matrices of these are small, and more threads wait longer for one another on a busy machine.
+_SMALL, _SMALL_THREADS = ("mlp", "attention"), 2
 _LEFT_OUT: Any = None  # filled in by ``__post_init__``, so that the fields have their real types
 
 
@@ -34,21 +38,24 @@ class GrokConfig:
     """One run on (a + b) mod p. Equal configurations give equal bits on one machine.
 
     Args:
-        model: ``"mlp"`` (Truong et al. 2026, arXiv 2606.13753) or ``"transformer"``.
+        model: ``"mlp"`` (Truong et al. 2026, arXiv 2606.13753), ``"transformer"`` or ``"attention"`` (one layer, after
+            Nanda et al. 2023, arXiv 2301.05217).
         p: the modulus, at least 2; also the number of tokens.
         seed: seed of the split, the initial weights and the order of the mini-batches.
         train_fraction: share of the p^2 pairs that is trained on, in (0, 1); at most 300,000 pairs are drawn.
         lr: learning rate of AdamW (betas 0.9 and 0.999).
-        weight_decay: weight decay of AdamW. By default 1 for the mlp, on matrices only, and 0.1 for the transformer, on
-            every parameter.
-        batch_size: most pairs in a mini-batch (an epoch is cut in equal parts); 0 for all of them at once. By default 0
-            for the mlp, 256 for the transformer.
+        weight_decay: weight decay of AdamW. By default 1 for the mlp and the attention model, on matrices only, and 0.1
+            for the transformer, on every parameter.
+        batch_size: most pairs in a mini-batch (an epoch is cut in equal parts); 0 for all of them at once. By default
+            256 for the transformer, else 0.
         ordering: ``"random"`` (a new permutation every epoch) or ``"stride"`` (see ``ModularAddition.epoch_order``).
         stride: the stride of that ordering and of the stride metrics of ``token_gradient``; floor(sqrt(p)) by default.
-        max_steps: optimizer steps after which the run ends in any case; 50,000 and 1,000,000 by default.
-        observe: names of ``OBSERVERS``; the weight norm is always observed.
-        threads: torch's threads while training: rounding depends on them. By default what torch uses, at most 2 for the
-            mlp.
+        max_steps: optimizer steps after which the run ends in any case; by default 1,000,000 for the transformer, else
+            50,000.
+        observe: names of ``OBSERVERS``; the weight norm is always observed. By default all but ``"norm_trajectory"``,
+            which needs attention heads, and with it for the attention model.
+        threads: torch's threads while training: rounding depends on them. By default what torch uses, at most 2 but for
+            the transformer.
 
     Raises:
         ConfigurationError: a value is out of its range.
@@ -69,7 +76,7 @@ class GrokConfig:
     ordering: str = "random"
     stride: int = _LEFT_OUT
     max_steps: int = field(default=_LEFT_OUT, metadata={"extends": True})
-    observe: tuple[str, ...] = OBSERVERS
+    observe: tuple[str, ...] = _LEFT_OUT
     threads: int = _LEFT_OUT
 
     def __post_init__(self) -> None:
@@ -79,12 +86,18 @@ class GrokConfig:
         defaults = {
             **_BY_MODEL[self.model],
             "stride": math.isqrt(self.p),
-            "threads": min(torch.get_num_threads(), _MLP_THREADS) if self.model == "mlp" else torch.get_num_threads(),
+            "threads": min(torch.get_num_threads(), _SMALL_THREADS)
+            if self.model in _SMALL
+            else torch.get_num_threads(),
         }
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         _check_observers(self.observe)
+        _check(
+            self.model != "mlp" or _OF_HEADS not in self.observe,
+            f"observer {_OF_HEADS!r} needs attention heads, which the mlp has none of",
+        )
         object.__setattr__(self, "observe", tuple(name for name in OBSERVERS if name in self.observe))
         self._check_ranges()
 
@@ -135,8 +148,8 @@ class GrokConfig:
         }
 
 
-def parse_observers(names: str) -> tuple[str, ...]:
-    """``"norms,token_gradient"``, ``"all"`` or ``"none"`` as the tuple that ``GrokConfig.observe`` takes.
+def parse_observers(names: str, model: str = "mlp") -> tuple[str, ...]:
+    """``"norms,token_gradient"``, ``"none"`` or ``"all"`` (that fit ``model``) as ``GrokConfig.observe`` takes them.
 
     Raises:
         ConfigurationError: a name is unknown.
@@ -145,7 +158,7 @@ def parse_observers(names: str) -> tuple[str, ...]:
     if chosen == ["none"]:
         return ()
     if chosen == ["all"]:
-        return OBSERVERS
+        return _PLAIN if model == "mlp" else OBSERVERS
     _check_observers(chosen)
     return tuple(chosen)
 

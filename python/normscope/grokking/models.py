@@ -1,4 +1,4 @@
-"""The two models of the main job; each maps pairs of tokens (int64, n x 2) to logits (n x p)."""
+"""The models of the main job; each maps pairs of tokens (int64, n x 2) to logits (n x p)."""
 
 from __future__ import annotations
 
@@ -88,18 +88,71 @@ class Transformer(nn.Module):
         return logits
 
 
+class AttentionModel(nn.Module):
+    """One layer of attention and one hidden layer, read off behind the pair (Nanda et al. 2023, arXiv 2301.05217).
+
+    Tokens a, b and "=" with learned positions, no LayerNorm; attention without biases, a ReLU layer, each added to the
+    stream; logits at "=". Its token and its position are one vector there, the last row of ``position``, so that the
+    embedding holds the p numbers alone. Nothing is read at a and b, so no queries are formed there.
+
+    Every matrix starts Gaussian with standard deviation 1/sqrt(fan_in), tokens and positions with 1/sqrt(width), biases
+    at zero.
+
+    Args:
+        p: number of tokens.
+        width: width of the stream.
+        heads: attention heads.
+        hidden_width: width of the hidden layer.
+
+    Example:
+        >>> model = AttentionModel(59)
+        >>> model(torch.tensor([[1, 2], [58, 3]])).shape, model.attention.num_heads
+        (torch.Size([2, 59]), 4)
+    """
+
+    def __init__(self, p: int, *, width: int = 128, heads: int = 4, hidden_width: int = 512) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(p, width)
+        self.position = nn.Parameter(torch.randn(3, width) / math.sqrt(width))
+        self.attention = nn.MultiheadAttention(width, heads, bias=False, batch_first=True)
+        self.hidden = nn.Linear(width, hidden_width)
+        self.back = nn.Linear(hidden_width, width)
+        self.output = nn.Linear(width, p, bias=False)
+        nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(width))
+        nn.init.normal_(self.attention.in_proj_weight, std=1 / math.sqrt(width))
+        for layer in (self.attention.out_proj, self.hidden, self.back, self.output):
+            nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, pairs: Tensor) -> Tensor:
+        end = self.position[2].expand(len(pairs), 1, -1)
+        stream = torch.cat([self.embedding(pairs) + self.position[:2], end], dim=1)
+        attended, _ = self.attention(end, stream, stream, need_weights=False)
+        at_end = (end + attended)[:, 0]
+        logits: Tensor = self.output(at_end + self.back(F.relu(self.hidden(at_end))))
+        return logits
+
+
+_MODELS: dict[str, type[MLP | Transformer | AttentionModel]] = {
+    "mlp": MLP,
+    "transformer": Transformer,
+    "attention": AttentionModel,
+}
+
+
 def build_model(config: GrokConfig) -> nn.Module:
     """The model that ``config`` names, with initial weights that depend on its seed alone."""
     with torch.random.fork_rng(devices=[]):  # PyTorch's modules draw from the global generator
         torch.set_rng_state(random_stream(config.seed, "model").get_state())
-        return MLP(config.p) if config.model == "mlp" else Transformer(config.p)
+        return _MODELS[config.model](config.p)
 
 
 def build_optimizer(model: nn.Module, config: GrokConfig) -> torch.optim.AdamW:
-    """AdamW; the mlp's weight decay acts on matrices only, the transformer's on every parameter."""
+    """AdamW; the transformer's weight decay acts on every parameter, that of the others on matrices only."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    others_decay = 0.0 if config.model == "mlp" else config.weight_decay
+    others_decay = config.weight_decay if config.model == "transformer" else 0.0
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": others_decay},

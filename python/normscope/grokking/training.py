@@ -21,7 +21,8 @@ from normscope.grokking.task import random_stream
 from normscope.grokking.trainer import Trainer
 from normscope.grokking.transitions import Transitions, find_transitions, has_stayed_generalised
 from normscope.monitor import Monitor
-from normscope.observers import Norms, TokenGradient, WeightTracking
+from normscope.observer import Observer
+from normscope.observers import Norms, NormTrajectory, TokenGradient, WeightTracking
 from normscope.record import Record
 from normscope.sinks import JSONL, read_records
 
@@ -157,7 +158,9 @@ def _why_stop(trainer: Trainer, records: Sequence[Record]) -> Stop | None:
 
 
 def _monitor(trainer: Trainer, sinks: list[Any]) -> Monitor:
-    available = {"norms": Norms, "weight_tracking": WeightTracking, "token_gradient": TokenGradient}
+    available: dict[str, type[Observer]] = {
+        observer.name: observer for observer in (Norms, WeightTracking, TokenGradient, NormTrajectory)
+    }
     return Monitor(
         trainer.model,
         observers=[WeightNorm(), *(available[name]() for name in trainer.config.observe)],
