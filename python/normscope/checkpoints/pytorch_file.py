@@ -45,7 +45,7 @@ class PyTorchFile:
 
     def load(self, name: str) -> Tensor:
         """That tensor, mapped from the file."""
-        size = self._tensors[name].nbytes
+        size = self._tensors[name].numel() * self._tensors[name].itemsize
         if self._is_mapped and self._bytes_read and self._bytes_read + size > _RENEW_BYTES:
             self._tensors = self._state_dict()
             self._bytes_read = 0
@@ -60,7 +60,7 @@ class PyTorchFile:
                 warnings.simplefilter("ignore")  # of TorchScript archives, which are refused below
                 found = torch.load(self._path, map_location="cpu", weights_only=True, mmap=self._is_mapped)
         except Exception as error:  # zip, pickle, key, type, struct: a damaged file fails in many ways
-            raise CheckpointError(f"{self._path} {_reason(error)}") from error
+            raise CheckpointError(f"{self._path} {_reason(error, is_zip=self._is_mapped)}") from error
         return _tensors_of(found, self._path)
 
 
@@ -71,7 +71,7 @@ def _place(tensor: Tensor) -> object:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, *, is_zip: bool) -> str:
     text = str(error)
     if "TorchScript" in text:
         return "is a TorchScript archive, which holds code; save the model's state_dict() instead"
@@ -80,7 +80,7 @@ def _reason(error: Exception) -> str:
         return f"holds a pickled {held[1]}, and unpickling objects can run code; save the model's state_dict() instead"
     if "Weights only load failed" in text:
         return "is no PyTorch file, is damaged, or holds pickled objects that could run code"
-    if "PytorchStreamReader" in text or "inline_container" in text:
+    if is_zip:
         return "is truncated, damaged, or another kind of zip archive than torch.save writes"
     return f"is damaged, truncated or no PyTorch file: {one_line(error)}"
 

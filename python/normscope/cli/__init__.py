@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from normscope.errors import NormscopeError, require
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-NOT_READ = 141  # 128 + SIGPIPE
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for bad input, 130 after Ctrl-C, 141 if nobody reads on.
+    """Run the command line and return its exit code: 0, 2 for bad input, 130 after Ctrl-C.
 
     Args:
         arguments: what follows ``normscope``; by default the process's own arguments.
@@ -32,9 +30,6 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(error.format_message())
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # whoever reads standard output has enough, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush does not fail too
-        return NOT_READ
 
 
 def _fail(message: str) -> int:

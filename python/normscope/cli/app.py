@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from normscope.cli.grok import grok
+from normscope.cli.trajectory import trajectory
 from normscope.cli.weights import weights
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
@@ -20,7 +21,7 @@ def normscope(
     """Watch norms, token gradients and spectra of a PyTorch model while it trains.
 
     Start with `normscope grok`: it trains a small network until it groks and draws what happened. `normscope weights`
-    reads a checkpoint.
+    and `normscope trajectory` read a checkpoint.
     """
     if version:
         from normscope import __version__
@@ -31,4 +32,5 @@ def normscope(
 
 
 app.command()(grok)
+app.command()(trajectory)
 app.command()(weights)

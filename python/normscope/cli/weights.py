@@ -214,7 +214,7 @@ def _sorted(layers: Sequence[Layer], key: str | None, ascending: bool) -> list[L
     if key is None:
         return list(layers)
     if key == "name":
-        return sorted(layers, key=lambda layer: natural_order(layer.name), reverse=ascending)
+        return sorted(layers, key=lambda layer: natural_order(layer.name))
     sign = 1 if ascending else -1
 
     def place(layer: Layer) -> tuple[bool, float]:

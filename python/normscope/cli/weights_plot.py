@@ -40,7 +40,8 @@ def draw(measured: Measured, title: str, kind: str) -> bytes:
     """
     figure_module = require("matplotlib.figure", "plot")
     matrices = [layer for layer in measured.layers if len(layer.shape) > 1] or list(measured.layers)
-    panels = [panel for panel in _panels(matrices) if any(math.isfinite(panel.value(layer)) for layer in matrices)]
+    defined = [panel for panel in _panels(matrices) if any(math.isfinite(panel.value(layer)) for layer in matrices)]
+    panels = defined or _panels(matrices)[:1]
     roles: dict[str, dict[int, list[Layer]]] = {}
     alone = []
     for layer in matrices:
@@ -212,8 +213,8 @@ def _scale(axis: Axes, panel: _Panel, values: Sequence[float]) -> None:
     else:
         finite = [0.0, *(value for value in values if math.isfinite(value))]
         top, bottom = max(finite), min(finite)
-        room = 0.07 * (top - bottom) or 1.0
-        axis.set_ylim(bottom - room if bottom else 0.0, top + room if top else 0.0)
+        room = 0.07 * (top - bottom)
+        axis.set_ylim(bottom - room if bottom else 0.0, top + room if top else -0.5 * bottom or 1.0)
         axis.yaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
         if bottom and top:
             axis.axhline(0.0, color="#BBBBBB", linewidth=1.0, zorder=1)
