@@ -1,0 +1,121 @@
+"""``normscope weights`` on a checkpoint of a gigabyte: its peak memory, and its time against loading it all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.conftest import Compare, Report
+from normscope.checkpoints import open_checkpoint
+from normscope.cli.weights_measure import measure
+from normscope.metrics.weight_tracking import WeightTrackingOptions
+
+safetensors = pytest.importorskip("safetensors.torch")
+
+WIDTH = 1024
+
+
+def block(layer: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of a layer of GPT-2 medium."""
+    return {
+        f"h.{layer}.{name}": shape
+        for name, shape in (
+            ("ln_1.weight", (WIDTH,)),
+            ("attn.c_attn.weight", (WIDTH, 3 * WIDTH)),
+            ("attn.c_attn.bias", (3 * WIDTH,)),
+            ("attn.c_proj.weight", (WIDTH, WIDTH)),
+            ("mlp.c_fc.weight", (WIDTH, 4 * WIDTH)),
+            ("mlp.c_fc.bias", (4 * WIDTH,)),
+            ("mlp.c_proj.weight", (4 * WIDTH, WIDTH)),
+        )
+    }
+
+
+def write(path: Path, layers: int, extra: dict[str, tuple[int, ...]]) -> Path:
+    """A float32 checkpoint of that many layers."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = extra | {name: shape for layer in range(layers) for name, shape in block(layer).items()}
+    state = {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
+    if path.suffix == ".pt":
+        torch.save(state, path)
+    else:
+        safetensors.save_file(state, path)
+    return path
+
+
+_PEAK = """
+import resource, sys, torch
+from normscope.checkpoints import open_checkpoint
+from normscope.cli.weights_measure import compare, measure
+from normscope.metrics.weight_tracking import WeightTrackingOptions
+paths, options = sys.argv[1:], WeightTrackingOptions()
+torch.linalg.eigvalsh(torch.eye(64, dtype=torch.float64))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if len(paths) == 1:
+    measure(open_checkpoint(paths[0]), options, exclude=EXCLUDE)
+else:
+    compare(open_checkpoint(paths[0]), open_checkpoint(paths[1]), options, exclude=EXCLUDE)
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+def peak(*paths: Path, exclude: tuple[str, ...] | None = None) -> int:
+    """Bytes by which a process of its own grows while it measures or compares."""
+    script = _PEAK.replace("EXCLUDE", repr(exclude))
+    command = [sys.executable, "-c", script, *map(str, paths)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_memory(ending: str, report: Report, tmp_path: Path) -> None:
+    """17 layers and the token table, 1.06 GB; the largest tensor is the table, 206 MB."""
+    path = write(tmp_path / f"model.{ending}", 17, {"wte.weight": (50257, WIDTH)})
+    assert path.stat().st_size > 1e9
+    largest = 50257 * WIDTH * 4
+    grown = peak(path)
+    report(
+        what=f"peak extra memory of `weights`, 1.06 GB .{ending}, over its largest tensor (206 MB) twice and 200 MB",
+        figure="share",
+        target=1.0,
+        quartiles=(grown, grown, grown),
+        unit=1 / (2 * largest + 200e6),
+    )
+
+
+def test_memory_of_small_tensors(report: Report, tmp_path: Path) -> None:
+    """What is held beside the largest tensor shows where that is small: eight layers of up to 17 MB a tensor."""
+    path = write(tmp_path / "model.safetensors", 8, {})
+    grown = peak(path, path)
+    largest = 4 * WIDTH * WIDTH * 4
+    report(
+        what="peak extra memory of `weights --compare`, 2 x 0.4 GB, over its largest tensor (17 MB) twice and 200 MB",
+        figure="share",
+        target=1.0,
+        quartiles=(grown, grown, grown),
+        unit=1 / (2 * largest + 200e6),
+    )
+
+
+def test_time(compare: Compare, tmp_path: Path) -> None:
+    """A layer stands for the others: they are alike, and the alternative takes seconds for each."""
+    path = write(tmp_path / "model.safetensors", 1, {})
+    checkpoint = open_checkpoint(path)
+
+    def load_all_and_loop() -> list[Tensor]:
+        state = safetensors.load_file(path)
+        return [torch.linalg.svdvals(tensor) if tensor.dim() > 1 else tensor.norm() for tensor in state.values()]
+
+    compare(
+        lambda: measure(checkpoint, WeightTrackingOptions()),
+        load_all_and_loop,
+        what="`weights` on a checkpoint, one layer of GPT-2 medium (50 MB), float32",
+        against="loading it all and a loop of torch.linalg.svdvals (float32)",
+        target=4,
+        figure="speed-up",
+        rounds=3,
+    )
