@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from normscope.attention import LayerHeads, LayoutError, families, find_attention, register_family
+from normscope.checkpoints import open_checkpoint
 from normscope.errors import NormscopeError, UnsupportedTensorError
 from normscope.grokking.models import Transformer
 
@@ -239,6 +241,13 @@ def test_a_module_a_checkpoint_and_a_mapping_are_the_same(kind: str, fold: bool)
     assert len(checkpoint.loaded) == len(set(checkpoint.loaded)), "each tensor is loaded once"
 
 
+def test_a_checkpoint_on_disk_is_the_same(tmp_path: Path) -> None:
+    weights = neox().weights
+    torch.save({"state_dict": weights}, tmp_path / "model.pt")
+    found = find_attention(open_checkpoint(tmp_path / "model.pt"), heads=HEADS)
+    assert same(found.layer(2), find_attention(weights, heads=HEADS).layer(2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes_stay_as_stored_and_folding_is_exact(dtype: torch.dtype) -> None:
     weights = {name: weight.to(dtype) for name, weight in llama().weights.items()}
@@ -272,7 +281,7 @@ def test_the_innermost_module_knows_its_heads_best() -> None:
     assert find_attention(model).heads == HEADS
 
 
-def test_tied_layers_are_read_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tied_layers_are_read_for_each() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 8)
     assert find_attention(nn.ModuleList([layer, layer, layer])).layers == 3
 

@@ -14,7 +14,8 @@
 ``transformer-lens``  TransformerLens' HookedTransformer, with one weight per head
 ====================  ================================================================================================
 
-:func:`register_family` adds another.
+:func:`register_family` adds another. TransformerLens' TransformerBridge, which stores parts of a model twice, is not
+read: give the Hugging Face model itself, before it is wrapped.
 
 **What the products mean.** Head h scores how token i looks at token j by s_ij = x_i W_Q W_K^T x_j^T / sqrt(d_head) and
 writes x_j W_V W_O for each unit of attention. x is what its layer reads: the residual stream after the norm in front,
