@@ -17,6 +17,10 @@ def test_defaults_are_the_published_settings() -> None:
     transformer = GrokConfig(model="transformer", p=9973)
     assert (transformer.lr, transformer.weight_decay, transformer.batch_size) == (1e-3, 0.1, 256)
     assert (transformer.stride, transformer.ordering, transformer.loop) == (99, "random", "epoch")
+    attention = GrokConfig(model="attention", p=113, train_fraction=0.3)
+    assert (attention.lr, attention.weight_decay, attention.batch_size, attention.loop) == (1e-3, 1.0, 0, "step")
+    assert mlp.observe == transformer.observe == ("norms", "weight_tracking", "token_gradient")
+    assert attention.observe == (*mlp.observe, "norm_trajectory")
 
 
 @pytest.mark.parametrize(
@@ -39,6 +43,7 @@ def test_defaults_are_the_published_settings() -> None:
         ({"max_steps": 0}, "max steps"),
         ({"threads": 0}, "threads"),
         ({"observe": ("norm",)}, "unknown observer 'norm'"),
+        ({"observe": ("norm_trajectory",)}, "'norm_trajectory' needs attention heads, which the mlp has none of"),
     ],
 )
 def test_impossible_settings_are_named(settings: dict[str, Any], message: str) -> None:
@@ -62,6 +67,7 @@ def test_max_steps_makes_no_other_run() -> None:
 def test_parse_observers() -> None:
     assert parse_observers("all") == ("norms", "weight_tracking", "token_gradient")
     assert GrokConfig(observe=parse_observers("token_gradient, norms")).observe == ("norms", "token_gradient")
+    assert parse_observers("all", "attention")[-1] == parse_observers("all", "transformer")[-1] == "norm_trajectory"
     assert parse_observers("none") == ()
     assert parse_observers("norms") == ("norms",)
     with pytest.raises(ConfigurationError, match="unknown observer 'nrms': choose from"):

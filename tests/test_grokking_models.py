@@ -1,4 +1,4 @@
-"""The two models: what they compute, how they start, which parameters decay."""
+"""The models: what they compute, how they start, which parameters decay."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from normscope.grokking import MLP, GrokConfig, Transformer, build_model, build_optimizer
+from normscope.attention import find_attention
+from normscope.grokking import MLP, AttentionModel, GrokConfig, Transformer, build_model, build_optimizer
 
 
 def test_mlp_equals_the_concatenated_form() -> None:
@@ -60,7 +61,7 @@ def test_transformer_sees_the_order_of_the_operands() -> None:
     assert not torch.allclose(*model(torch.tensor([[1, 2], [2, 1]])))
 
 
-@pytest.mark.parametrize("name", ["mlp", "transformer"])
+@pytest.mark.parametrize("name", ["mlp", "transformer", "attention"])
 def test_initial_weights_depend_on_the_seed_alone_and_leave_the_global_state(name: str) -> None:
     state = torch.get_rng_state()
     first = build_model(GrokConfig(model=name, p=7)).state_dict()
@@ -72,7 +73,7 @@ def test_initial_weights_depend_on_the_seed_alone_and_leave_the_global_state(nam
     assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
 
 
-@pytest.mark.parametrize(("name", "vectors_decay"), [("mlp", 0.0), ("transformer", 0.1)])
+@pytest.mark.parametrize(("name", "vectors_decay"), [("mlp", 0.0), ("transformer", 0.1), ("attention", 0.0)])
 def test_weight_decay_acts_on_what_the_configuration_says(name: str, vectors_decay: float) -> None:
     config = GrokConfig(model=name, p=7)
     model = build_model(config)
@@ -82,3 +83,52 @@ def test_weight_decay_acts_on_what_the_configuration_says(name: str, vectors_dec
     for parameter in model.parameters():
         assert decay[id(parameter)] == (config.weight_decay if parameter.ndim > 1 else vectors_decay)
     assert {(group["lr"], group["betas"]) for group in optimizer.param_groups} == {(1e-3, (0.9, 0.999))}
+
+
+def test_attention_model_equals_the_plain_formulas() -> None:
+    """Softmax over the tokens a, b and "=" at "=", head by head, from the weights that the family reads."""
+    model = AttentionModel(11, width=12, heads=3, hidden_width=20).double()
+    torch.nn.init.normal_(model.hidden.bias)
+    torch.nn.init.normal_(model.back.bias)
+    pairs = torch.randint(11, (30, 2))
+    heads = find_attention(model).layer(0)
+    stream = torch.stack(
+        [
+            model.embedding.weight[pairs[:, 0]] + model.position[0],
+            model.embedding.weight[pairs[:, 1]] + model.position[1],
+            model.position[2].expand(30, -1),
+        ],
+        dim=1,
+    )
+    at_end = stream[:, 2]
+    attended = torch.zeros_like(at_end)
+    for query, key, value, output in zip(*heads, strict=True):
+        scores = (stream @ key @ (at_end @ query).unsqueeze(2)).squeeze(2) / 2.0  # sqrt(d_head)
+        attended = attended + (scores.softmax(1).unsqueeze(1) @ stream @ value @ output).squeeze(1)
+    at_end = at_end + attended
+    expected = model.output(at_end + model.back(torch.relu(model.hidden(at_end))))
+    torch.testing.assert_close(model(pairs), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_attention_model_is_the_published_one() -> None:
+    model = build_model(GrokConfig(model="attention", p=113))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert shapes == {
+        "position": (3, 128),
+        "embedding.weight": (113, 128),
+        "attention.in_proj_weight": (384, 128),
+        "attention.out_proj.weight": (128, 128),
+        "hidden.weight": (512, 128),
+        "hidden.bias": (512,),
+        "back.weight": (128, 512),
+        "back.bias": (128,),
+        "output.weight": (113, 128),
+    }
+    found = find_attention(model)
+    assert (found.layers, found.heads, found.layer(0).query.shape) == (1, 4, (4, 128, 32))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            assert not parameter.any()
+            continue
+        fan_in = 128 if name == "embedding.weight" else parameter.shape[1]
+        assert abs(parameter.std().item() * math.sqrt(fan_in) - 1) < 5 / math.sqrt(2 * parameter.numel())

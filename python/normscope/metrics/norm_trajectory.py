@@ -121,8 +121,9 @@ def _singular_values(cores: Tensor, plain: Tensor) -> Tensor:
         plain: ``[n]``, whether the small ones are not so small that an SVD finds them sooner than a Gram matrix does.
     """
     found = torch.full(cores.shape[:2], math.nan, dtype=torch.float64)
-    rows = (~plain & cores.flatten(1).isfinite().all(1)).nonzero()[:, 0]
+    rows = (~plain).nonzero()[:, 0]
     if len(rows):
+        rows = rows[cores[rows].flatten(1).isfinite().all(1)]
         try:
             found[rows] = torch.linalg.svdvals(cores[rows])
         except SolverError:
