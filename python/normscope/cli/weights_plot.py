@@ -207,8 +207,8 @@ def _scale(axis: Axes, panel: _Panel, values: Sequence[float]) -> None:
     ticker = require("matplotlib.ticker", "plot")
     positive = [value for value in values if 0 < value < math.inf]
     if panel.may_be_log and positive and max(positive) > 8 * min(positive):
-        axis.set_yscale("log")
         axis.set_ylim(min(positive) / 1.5, min(max(positive), 1e300) * 1.5)
+        axis.set_yscale("log")
         subs = (1, 2, 5) if max(positive) < 300 * min(positive) else (1,)
         axis.yaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=7))
         axis.yaxis.set_minor_locator(ticker.NullLocator())
