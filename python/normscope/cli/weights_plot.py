@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from normscope.cli.weights_measure import Layer, Measured
 from normscope.errors import require
 
@@ -61,7 +63,8 @@ def draw(measured: Measured, title: str, kind: str) -> bytes:
         _draw_bars(figure, panels, shown)
     figure.suptitle(title, color=_INK, fontsize=12, fontweight="bold", x=0.01, ha="left")
     file = io.BytesIO()
-    figure.savefig(file, dpi=150, format=kind)
+    with np.errstate(over="ignore"):  # ticks beyond the largest float64
+        figure.savefig(file, dpi=150, format=kind)
     return file.getvalue()
 
 
