@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from comparing import bits
 from torch import Tensor, nn
 
 import normscope as ns
@@ -592,3 +593,13 @@ def test_grok_logs_the_heads_of_its_attention_model() -> None:
         GrokConfig(model="transformer", p=5, max_steps=2, batch_size=4, threads=1, observe=("norm_trajectory",))
     )
     assert "norm_trajectory/qk_norm/1.3" in transformer.records[-1]
+
+
+def test_bits_do_not_depend_on_threads(threads: None) -> None:
+    good = layer(heads=12, d_model=300, d_head=64)
+    lacking = good._replace(value=good.value[..., :20] @ torch.randn(12, 20, 64, dtype=WIDE))
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append([bits(column) for column in head_values([good, lacking])])
+    assert found[0] == found[1] == found[2]

@@ -12,6 +12,7 @@ from torch import Tensor
 from normscope import ops
 from normscope.metrics.weight_tracking import effective_rank
 from normscope.ops.contract import SolverError
+from normscope.ops.threads import one_thread
 
 if TYPE_CHECKING:
     from normscope.attention import LayerHeads
@@ -108,7 +109,9 @@ def _products(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, 
     neighbours in the longer one."""
     count = max(len(left), len(right))
     first, second = _triangular(left).repeated(count), _triangular(right).repeated(count)
-    values = _singular_values((first.upper @ second.upper.mT).cpu(), first.plain & second.plain)
+    with one_thread():
+        cores = (first.upper @ second.upper.mT).cpu()
+    values = _singular_values(cores, first.plain & second.plain)
     norms = _times_power_of_two(values[:, 0], first.exponents + second.exponents)
     return norms, torch.func.vmap(effective_rank)(values)
 
@@ -125,7 +128,8 @@ def _singular_values(cores: Tensor, plain: Tensor) -> Tensor:
     if len(rows):
         rows = rows[cores[rows].flatten(1).isfinite().all(1)]
         try:
-            found[rows] = torch.linalg.svdvals(cores[rows])
+            with one_thread():
+                found[rows] = torch.linalg.svdvals(cores[rows])
         except SolverError:
             plain = plain.index_fill(0, rows, True)
     rows = plain.nonzero()[:, 0]
@@ -183,14 +187,16 @@ def _by_cholesky(grams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not bool(usable.all()):
         identity = torch.eye(width, dtype=grams.dtype, device=grams.device)
         grams = torch.where(usable[:, None, None], grams, identity)
-    lower, failed = torch.linalg.cholesky_ex(grams)
+    with one_thread():
+        lower, failed = torch.linalg.cholesky_ex(grams)
     exact = usable & (failed == 0)
     log_det = 2 * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1) - squares.log().sum(-1)
     plain = exact & (log_det >= 1 + math.log(width / _CONDITION))
     unsure = (exact & ~plain).nonzero()[:, 0]
     if len(unsure):
         identity = torch.eye(width, dtype=grams.dtype, device=grams.device).expand(len(unsure), width, width)
-        inverse = torch.linalg.solve_triangular(lower[unsure], identity, upper=False)
+        with one_thread():
+            inverse = torch.linalg.solve_triangular(lower[unsure], identity, upper=False)
         trace = (inverse.square().sum(-2) * squares[unsure]).sum(-1)
         exact[unsure] = trace <= _CONDITION
     return lower.mT, exact.cpu(), plain.cpu()
@@ -203,7 +209,8 @@ def _by_qr(matrices: Tensor) -> tuple[Tensor, Tensor]:
     finite = largest.isfinite()
     wide = torch.where(finite[:, None, None], wide, 0.0)
     exponents = torch.frexp(torch.where(finite, largest, 1.0)).exponent.to(torch.int64)
-    found = torch.linalg.qr(_times_power_of_two(wide, -exponents[:, None, None]), mode="r").R
+    with one_thread():
+        found = torch.linalg.qr(_times_power_of_two(wide, -exponents[:, None, None]), mode="r").R
     width = matrices.shape[-1]
     upper = found.new_zeros((len(found), width, width))
     upper[:, : found.shape[1]] = found
