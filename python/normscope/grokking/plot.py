@@ -45,6 +45,8 @@ def plot_run(config: GrokConfig, records: Sequence[Record], path: str | os.PathL
         panels += [_draw_top_singular_values, _draw_effective_ranks]
     if "token_gradient/gradient_gini" in records[0]:
         panels += [_draw_gini, _draw_counts]
+    if "norm_trajectory/mean_ov_norm" in records[0]:
+        panels += [_draw_ov_norms, _draw_qk_norms]
     figure = figure_module.Figure(figsize=(8.0, 1.0 + 1.95 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
     transitions = find_transitions(records)
@@ -180,6 +182,31 @@ def _draw_counts(axis: Axes, records: Sequence[Record], transitions: Transitions
     axis.set_ylim(bottom=0)
     _title(axis, "tokens that hold 50 % and 90 % of the embedding's gradient energy")
     _legend(axis, "best")
+
+
+def _draw_ov_norms(axis: Axes, records: Sequence[Record], transitions: Transitions) -> None:
+    _draw_heads(axis, records, "norm_trajectory/ov_norm/")
+    _title(axis, r"OV norm of each head, $\sigma_1(W_V W_O)$")
+
+
+def _draw_qk_norms(axis: Axes, records: Sequence[Record], transitions: Transitions) -> None:
+    _draw_heads(axis, records, "norm_trajectory/qk_norm/")
+    _title(axis, r"QK norm of each head, $\sigma_1(W_Q W_K^{\mathsf{T}})$")
+
+
+def _draw_heads(axis: Axes, records: Sequence[Record], prefix: str) -> None:
+    """One line a head: its colour says which head of its layer it is, its dashes which layer."""
+    names = [key.removeprefix(prefix) for key in records[0] if key.startswith(prefix)]
+    layers = sorted({int(name.partition(".")[0]) for name in names})
+    for name in names:
+        layer, _, head = name.partition(".")
+        place = layers.index(int(layer))
+        color = _MATRICES[int(head) % len(_MATRICES)]
+        _line(axis, records, prefix + name, "_" if place else f"head {head}", color, _LAYERS[place % len(_LAYERS)])
+    _spread(axis, [record[prefix + name] for name in names for record in records if prefix + name in record])
+    axis.legend(
+        loc="lower right", bbox_to_anchor=(1.0, 0.985), frameon=False, fontsize=9, labelcolor="linecolor", ncols=8
+    )
 
 
 def _line(axis: Axes, records: Sequence[Record], key: str, label: str, color: str, style: _Style = "-") -> None:
