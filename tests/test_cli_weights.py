@@ -22,8 +22,9 @@ from torch import Tensor
 
 import normscope as ns
 from normscope.checkpoints import open_checkpoint
-from normscope.cli import main, weights_measure
-from normscope.cli.weights_measure import CHANGES, METRICS, CompareError, Layer, Measured, compare, measure
+from normscope.cli import main, weights_compare, weights_measure
+from normscope.cli.weights_compare import CompareError, compare
+from normscope.cli.weights_measure import CHANGES, METRICS, Layer, Measured, measure
 from normscope.metrics.weight_tracking import WeightTrackingOptions
 
 DEFAULT = WeightTrackingOptions()
@@ -183,7 +184,7 @@ def test_changes_against_numpy(
     scale: float, block: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if block is not None:
-        monkeypatch.setattr(weights_measure, "_BLOCK", block)
+        monkeypatch.setattr(weights_compare, "_BLOCK", block)
     generator = torch.Generator().manual_seed(1)
     first, second = (torch.randn(9, 8, generator=generator, dtype=torch.float64).clamp(-4, 4) for _ in range(2))
     (layer,) = changes(tmp_path, {"w": first * scale}, {"w": (first + 0.01 * second) * scale}).layers

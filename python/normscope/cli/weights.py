@@ -148,7 +148,8 @@ def weights(
     - `normscope weights model.safetensors --json - | jq .summary`
     """
     from normscope.checkpoints import open_checkpoint
-    from normscope.cli import weights_measure
+    from normscope.cli.weights_compare import compare
+    from normscope.cli.weights_measure import measure
     from normscope.cli.weights_show import print_notes, progress
     from normscope.metrics.weight_tracking import WeightTrackingOptions
 
@@ -165,9 +166,9 @@ def weights(
     try:
         with progress(f"reading {checkpoint.name}") as advance:
             if later is None:
-                measured = weights_measure.measure(opened, options, *patterns, advance=advance)
+                measured = measure(opened, options, *patterns, advance=advance)
             else:
-                measured = weights_measure.compare(opened, later, options, *patterns, advance=advance)
+                measured = compare(opened, later, options, *patterns, advance=advance)
     except NormscopeError:
         raise
     except ValueError as error:  # a pattern that matches nothing
