@@ -99,6 +99,18 @@ def test_transformer_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert not any(key.startswith("norms/") for key in last)
 
 
+def test_attention_logs_its_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    attention = (*FEW, "--model", "attention", "--observe", "all")
+    code, out, _ = run(*attention, "--max-steps", 2, "--out", tmp_path, capsys=capsys)
+    assert code == 0
+    assert "attention of" in out
+    code, out, _ = run("grok", "--resume", tmp_path, "--observe", "all", "--max-steps", 3, capsys=capsys)
+    assert code == 0
+    assert "resumed from step 2" in out
+    for record in ns.read_records(tmp_path / "metrics.jsonl"):
+        assert {f"norm_trajectory/ov_norm/0.{head}" for head in range(4)} <= record.keys()
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a file and three run folders: whole, without its checkpoint, with a damaged one."""
@@ -120,6 +132,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("grok --ordering sorted", "unknown ordering 'sorted'"),
         ("grok --ordering stride", "needs mini-batches"),
         ("grok --observe norm", "unknown observer 'norm'"),
+        ("grok --observe norm_trajectory", "needs attention heads"),
         ("grok --train-fraction 2", "train fraction must be between 0 and 1, not 2"),
         ("grok -p 2 --train-fraction 0.1 --out {tmp}/new", "leaves none of the 4 pairs to be trained on"),
         ("grok --resume {tmp}/nowhere", "it has no config.json"),

@@ -17,6 +17,7 @@ from normscope.grokking import GrokConfig, Progress, RunFolder, RunFolderError, 
 from normscope.grokking.trainer import is_on_geometric_grid
 
 MLP = GrokConfig(p=7, max_steps=60, threads=1)
+ATTENTION = GrokConfig(model="attention", p=7, max_steps=40, threads=1)
 TRANSFORMER = GrokConfig(model="transformer", p=7, batch_size=4, ordering="stride", max_steps=23, threads=1)
 
 
@@ -65,7 +66,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
             assert torch.equal(state["optimizer"]["state"][index][name], moment), (index, name)
 
 
-@pytest.mark.parametrize("config", [MLP, TRANSFORMER], ids=["mlp", "transformer"])
+@pytest.mark.parametrize("config", [MLP, TRANSFORMER, ATTENTION], ids=["mlp", "transformer", "attention"])
 def test_run_killed_twice_equals_the_uninterrupted_one(config: GrokConfig, tmp_path: Path) -> None:
     train(config, tmp_path / "whole")
     kill(config, tmp_path / "cut", at=6)
