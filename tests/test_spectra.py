@@ -170,7 +170,7 @@ def test_float32_scales(factor: float) -> None:
         assert_spectrum(path([matrix])[0].values, matrix)
 
 
-@pytest.mark.parametrize("factor", [1e-310, 1e-200, 1e-60, 1e60, 1e200, 1e306])
+@pytest.mark.parametrize("factor", [1e-310, 1e-200, 1e-60, 1e60, 1e200, 1e306, 1e307, 8e307])
 @pytest.mark.parametrize("values", [decades(50, 1), decades(50, 12)], ids=["good", "hard"])
 def test_float64_scales(factor: float, values: Tensor) -> None:
     matrix = with_spectrum(70, 50, values) * factor

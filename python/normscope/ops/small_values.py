@@ -35,20 +35,19 @@ def accurate_values(values: Tensor, largest: float | None = None) -> int:
     count = len(values)
     if count == 0 or values[0] == 0.0:
         return count
-    first, smallest, total = float(values[0]), float(values[-1]), float(values.sum())
-    top = first if largest is None else largest
-    total += 0.0 if largest is None else largest
+    first = float(values[0])
+    relative = values / first  # so that no sum or square leaves float64's range
+    top = 1.0 if largest is None else largest / first
+    smallest, total = float(relative[-1]), float(relative.sum()) + (0.0 if largest is None else top)
     # Small eigenvalues were seen off by up to 8 u times the Frobenius norm of the Gram matrix; 16 leaves room. Mostly
     # it is plain that even the smallest value is accurate enough.
     if smallest > 0.0:
-        off_at_most = 8 * _ROUNDING * count**0.5 * first * (first / smallest)
+        off_at_most = 8 * _ROUNDING * count**0.5 / smallest
         entropy_off_at_most = count * off_at_most / total * (1.0 - math.log(smallest / total))
         if off_at_most <= _VALUE_BOUND * top and entropy_off_at_most <= _ENTROPY_BOUND:
             return count
-    relative = values / values[0]
-    off = (8 * _ROUNDING) * values[0] * torch.linalg.vector_norm(relative.square()) / relative
-    share = values / total
-    entropy_off = (off / total * (1.0 - share.log())).nan_to_num(torch.inf).cumsum(0)
+    off = (8 * _ROUNDING) * torch.linalg.vector_norm(relative.square()) / relative
+    entropy_off = (off / total * (1.0 - (relative / total).log())).nan_to_num(torch.inf).cumsum(0)
     fine = (off <= _VALUE_BOUND * top) & (entropy_off <= _ENTROPY_BOUND)
     return int(fine.to(torch.int64).cumprod(0).sum())
 
