@@ -22,8 +22,10 @@ Figures = dict[str, dict[str, Any]]
 
 def read_figures(path: Path) -> Figures:
     """Test name -> what was measured, from a pytest-benchmark JSON."""
-    benchmarks = json.loads(path.read_text())["benchmarks"]
-    return {entry["name"]: entry["extra_info"] for entry in benchmarks if "value" in entry["extra_info"]}
+    benchmarks = [entry for entry in json.loads(path.read_text())["benchmarks"] if "value" in entry["extra_info"]]
+    figures = {entry["name"]: entry["extra_info"] for entry in benchmarks}
+    assert len(figures) == len(benchmarks), "two benchmarks have one name"
+    return figures
 
 
 def machine() -> dict[str, str]:

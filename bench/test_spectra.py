@@ -124,7 +124,7 @@ print(peak() - before)
 """
 
 
-def test_memory(report: Report) -> None:
+def test_spectrum_memory(report: Report) -> None:
     """In a process of its own: this one has room left from the calls before."""
     peak = int(subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, check=True).stdout)
     report(
