@@ -299,8 +299,7 @@ def norm_trajectory(
     attention = find_attention(source, family=family, heads=heads, config=config, fold_norm=fold_norm, stack=stack)
     if named is not None:  # before anything is read
         validate(named, attention.layers, attention.heads)
-    layers = (attention.layer(index) for index in range(attention.layers))
-    return measured(attention, layers, named, draws=draws, seed=seed)
+    return measured(attention, attention.read(), named, draws=draws, seed=seed)
 
 
 def measured(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,10 @@ class Attention:
         loaded = {role: self._weights.load(name) for role, name in self._stack.layers[index].items()}
         layer = self._split(index, loaded)
         return layer if self._norms is None else fold(layer, self._weights.load(self._norms[index]), self._offset)
+
+    def read(self) -> Iterator[LayerHeads]:
+        """All layers, one after another, each read when it is asked for; errors as of :meth:`layer`."""
+        return (self.layer(index) for index in range(self.layers))
 
     def _fold(self) -> Attention:
         """The same, with the scale of the norm in front multiplied in."""

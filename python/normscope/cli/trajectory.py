@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_module
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,25 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from normscope.errors import require
+from normscope.cli.options import WRITTEN, CheckpointPath, JsonPath
+from normscope.sinks.jsonl import json_number
 
 if TYPE_CHECKING:
     from normscope.attention import Attention, Circuit, LayerHeads
     from normscope.trajectory import Trajectory
 
-_WHAT, _MODEL, _WRITE = "What is compared", "How the model is read", "What is written"
-_PICTURES = (".png", ".pdf", ".svg")
+_WHAT, _MODEL = "What is compared", "How the model is read"
 
 
 def trajectory(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CHECKPOINT",
-            help="A safetensors file, a .pt or .pth state dict, a sharded checkpoint's index, or a folder with one.",
-            show_default=False,
-        ),
-    ],
+    checkpoint: CheckpointPath,
     circuit: Annotated[
         list[str] | None,
         typer.Option(
@@ -92,19 +84,14 @@ def trajectory(
             rich_help_panel=_MODEL,
         ),
     ] = None,
-    json: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="OUT", help="Write a JSON object; - is standard output.", show_default=False, rich_help_panel=_WRITE
-        ),
-    ] = None,
+    json: JsonPath = None,
     plot: Annotated[
         Path | None,
         typer.Option(
             metavar="OUT",
             help="Draw the heads and the trajectory of each circuit: png, pdf or svg.",
             show_default=False,
-            rich_help_panel=_WRITE,
+            rich_help_panel=WRITTEN,
         ),
     ] = None,
 ) -> None:
@@ -138,24 +125,22 @@ def trajectory(
 
 def _prepare(json: Path | None, plot: Path | None) -> None:
     """Refuse what cannot be written before much is computed."""
-    from normscope.cli import weights_files
+    from normscope.cli import output
 
     if json is not None and str(json) != "-":
-        weights_files.prepare(json)
+        output.prepare(json)
     if plot is not None:
-        require("matplotlib.figure", "plot")
-        if plot.suffix not in _PICTURES:
-            raise typer.BadParameter(f"--plot {plot}: the ending must be one of {', '.join(_PICTURES)}")
-        weights_files.prepare(plot)
+        output.check_picture(plot)
+        output.prepare(plot)
 
 
 def _read(attention: Attention, name: str) -> Iterator[LayerHeads]:
     """The layers, one by one, with a bar that says how many are done."""
-    from normscope.cli.weights_show import progress
+    from normscope.cli.progress import progress
 
     with progress(f"reading {name}") as advance:
-        for index in range(attention.layers):
-            yield attention.layer(index)
+        for layer in attention.read():
+            yield layer
             advance(1 / attention.layers)
 
 
@@ -163,7 +148,7 @@ def _hand_out(
     checkpoint: Path, found: Trajectory, circuits: Sequence[Circuit], json: Path | None, plot: Path | None
 ) -> None:
     """Write the files, and show the rest unless the JSON is standard output."""
-    from normscope.cli import weights_files
+    from normscope.cli import output
     from normscope.cli.trajectory_show import show
 
     trajectories = [found.with_circuit(circuit) for circuit in circuits]
@@ -174,22 +159,20 @@ def _hand_out(
             "circuits": [trajectory.circuit_dict() for trajectory in trajectories],
         }
         text = json_module.dumps(_jsonable(content), allow_nan=False)
-        weights_files.write(json, f"{text}\n".encode())
+        output.write(json, f"{text}\n".encode())
     if plot is not None:
         from normscope.trajectory_plot import drawn
 
-        weights_files.write(plot, drawn(trajectories or [found], plot.suffix.lstrip(".")))
+        output.write(plot, drawn(trajectories or [found], plot.suffix.lstrip(".")))
     if str(json) != "-":
         show(str(checkpoint), trajectories or [found], [str(path) for path in (json, plot) if path is not None])
     sys.stdout.flush()
 
 
 def _jsonable(value: Any) -> Any:
-    """The same with null for NaN and ``"Infinity"`` for infinity, as in a file of records."""
+    """The same with its numbers as a file of records has them."""
     if isinstance(value, dict):
         return {key: _jsonable(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_jsonable(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
+    return json_number(value) if isinstance(value, float) else value

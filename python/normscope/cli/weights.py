@@ -11,24 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from normscope.cli.options import WRITTEN, CheckpointPath, JsonPath
 from normscope.errors import NormscopeError, require
 
 if TYPE_CHECKING:
     from normscope.cli.weights_measure import Layer, Measured
 
-_WHAT, _SHOW, _WRITE = "What is measured", "What is shown", "What is written"
-_PICTURES = (".png", ".pdf", ".svg")
+_WHAT, _SHOW = "What is measured", "What is shown"
 
 
 def weights(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CHECKPOINT",
-            help="A safetensors file, a .pt or .pth state dict, a sharded checkpoint's index, or a folder with one.",
-            show_default=False,
-        ),
-    ],
+    checkpoint: CheckpointPath,
     other: Annotated[
         Path | None,
         typer.Option(
@@ -102,25 +95,20 @@ def weights(
             rich_help_panel=_SHOW,
         ),
     ] = None,
-    json: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="OUT", help="Write a JSON object; - is standard output.", show_default=False, rich_help_panel=_WRITE
-        ),
-    ] = None,
+    json: JsonPath = None,
     csv: Annotated[
         Path | None,
         typer.Option(
             metavar="OUT",
             help="Write a row a tensor; - is standard output.",
             show_default=False,
-            rich_help_panel=_WRITE,
+            rich_help_panel=WRITTEN,
         ),
     ] = None,
     parquet: Annotated[
         Path | None,
         typer.Option(
-            metavar="OUT", help="Write the same as a Parquet table.", show_default=False, rich_help_panel=_WRITE
+            metavar="OUT", help="Write the same as a Parquet table.", show_default=False, rich_help_panel=WRITTEN
         ),
     ] = None,
     plot: Annotated[
@@ -129,7 +117,7 @@ def weights(
             metavar="OUT",
             help="Draw the matrices over the layers: png, pdf or svg.",
             show_default=False,
-            rich_help_panel=_WRITE,
+            rich_help_panel=WRITTEN,
         ),
     ] = None,
 ) -> None:
@@ -148,9 +136,10 @@ def weights(
     - `normscope weights model.safetensors --json - | jq .summary`
     """
     from normscope.checkpoints import open_checkpoint
+    from normscope.cli.progress import progress
     from normscope.cli.weights_compare import compare
     from normscope.cli.weights_measure import measure
-    from normscope.cli.weights_show import print_notes, progress
+    from normscope.cli.weights_show import print_notes
     from normscope.metrics.weight_tracking import WeightTrackingOptions
 
     try:
@@ -181,13 +170,13 @@ def weights(
 
 def _prepare(outputs: dict[str, Path | None]) -> None:
     """Refuse what cannot be written before much is computed."""
-    from normscope.cli import weights_files
+    from normscope.cli import output
 
     for option, path in outputs.items():
         if path is None:
             continue
         if str(path) != "-":
-            weights_files.prepare(path)
+            output.prepare(path)
         elif option in ("parquet", "plot"):
             raise typer.BadParameter(f"--{option} needs a file; - is for --json and --csv")
     if [str(path) for path in outputs.values()].count("-") > 1:
@@ -195,9 +184,7 @@ def _prepare(outputs: dict[str, Path | None]) -> None:
     if outputs["parquet"] is not None:
         require("pyarrow", "parquet")
     if outputs["plot"] is not None:
-        require("matplotlib.figure", "plot")
-        if outputs["plot"].suffix not in _PICTURES:
-            raise typer.BadParameter(f"--plot {outputs['plot']}: the ending must be one of {', '.join(_PICTURES)}")
+        output.check_picture(outputs["plot"])
 
 
 def _check_sort(sort: str | None, *, is_comparison: bool) -> None:
@@ -233,21 +220,21 @@ def _hand_out(
     outputs: dict[str, Path | None],
 ) -> None:
     """Write the files, and show the table unless one of them is standard output."""
-    from normscope.cli import weights_files
+    from normscope.cli import output, weights_files
     from normscope.cli.weights_show import show
 
     chosen = replace(measured, layers=layers)
     if outputs["json"] is not None:
-        weights_files.write(outputs["json"], weights_files.to_json(chosen, {**about, "options": settings}))
+        output.write(outputs["json"], weights_files.to_json(chosen, {**about, "options": settings}))
     if outputs["csv"] is not None:
-        weights_files.write(outputs["csv"], weights_files.to_csv(chosen))
+        output.write(outputs["csv"], weights_files.to_csv(chosen))
     if outputs["parquet"] is not None:
-        weights_files.write(outputs["parquet"], weights_files.to_parquet(chosen))
+        output.write(outputs["parquet"], weights_files.to_parquet(chosen))
     title = " → ".join(about.values())
     if outputs["plot"] is not None:
         from normscope.cli.weights_plot import draw
 
-        weights_files.write(outputs["plot"], draw(measured, title, outputs["plot"].suffix.lstrip(".")))
+        output.write(outputs["plot"], draw(measured, title, outputs["plot"].suffix.lstrip(".")))
     if any(str(path) == "-" for path in outputs.values()):
         return
     if _is_terminal():

@@ -5,19 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 import normscope
 from normscope.cli.weights_measure import Measured
-from normscope.errors import NormscopeError, require
-from normscope.grokking.run_folder import write_atomically
-
-
-class OutputError(NormscopeError, OSError):
-    """A file cannot be written; the message names it."""
+from normscope.errors import require
+from normscope.sinks.jsonl import json_number
 
 
 def to_json(measured: Measured, about: Mapping[str, object]) -> bytes:
@@ -68,44 +61,9 @@ def to_parquet(measured: Measured) -> bytes:
     return file.getvalue()
 
 
-def prepare(path: Path) -> None:
-    """Make the folder of ``path`` and check that a file can be there, before much is computed.
-
-    Raises:
-        OutputError: it cannot.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
-    if path.is_dir():
-        raise OutputError(f"{path} cannot be written: it is a folder")
-
-
-def write(path: Path, content: bytes) -> None:
-    """Put ``content`` into the file ``path``, or on standard output if it is ``-``.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    if str(path) == "-":
-        sys.stdout.write(content.decode())
-        return
-    try:
-        write_atomically(path, lambda file: file.write(content))
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
-
-
 def _json(value: object) -> str:
     return json.dumps(value, allow_nan=False)
 
 
 def _numbers(values: Mapping[str, float]) -> dict[str, float | str | None]:
-    return {key: _number(value) for key, value in values.items()}
-
-
-def _number(value: float) -> float | str | None:
-    if math.isnan(value):
-        return None
-    return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
+    return {key: json_number(value) for key, value in values.items()}

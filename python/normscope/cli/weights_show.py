@@ -1,15 +1,13 @@
-"""What ``normscope weights`` shows in a terminal: a progress bar, then a table of layers and their summary."""
+"""What ``normscope weights`` shows in a terminal: a table of layers and their summary."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -31,26 +29,6 @@ _HEADINGS = {
 _ASCII_HEADINGS = {"top_sv": "top sv", "weight_norm_change": "d norm", "top_sv_change": "d top sv"} | {
     "effective_rank_change": "d eff. rank"
 }
-
-
-@contextmanager
-def progress(what: str) -> Iterator[Callable[[float], None]]:
-    """A bar on standard error, if that is a terminal; the function it gives moves it by a share of the work."""
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task(what, total=1.0)
-        yield lambda share: bar.advance(task, share)
 
 
 def show(measured: Measured, title: str, shown: Sequence[Layer], files: Sequence[str] = ()) -> None:

@@ -72,8 +72,7 @@ class NormTrajectory(Observer):
     def observe(self, view: View) -> Values:
         """Norms and effective ranks of every head, and the circuit's among them."""
         attention = find_attention(view.model, **self._layout)
-        layers = (attention.layer(index) for index in range(attention.layers))
-        return _values(measured(attention, layers, self.circuit))
+        return _values(measured(attention, attention.read(), self.circuit))
 
 
 def _values(found: Trajectory) -> Values:

@@ -112,6 +112,12 @@ def rows_of(tensor: Tensor) -> int:
     return tensor.shape[0] if tensor.dim() else 1
 
 
+def scaled(values: Tensor, exponent: int) -> Tensor:
+    """``values * 2**-exponent``, in two steps so that the factor itself stays in range."""
+    half = exponent // 2
+    return values * 2.0**-half * 2.0 ** -(exponent - half)
+
+
 def check_readable(index: int, tensor: Tensor) -> None:
     """Raise :class:`UnsupportedTensorError` unless dtype and layout are among those every backend reads."""
     if tensor.dtype not in DTYPES:

@@ -110,6 +110,13 @@ def fused_pass(
     return Stats(sums, in_range, energies)
 
 
+def _unreadable(index: int, tensor: Tensor) -> UnsupportedTensorError:
+    """The error for a tensor whose dtype and layout are fine and which the core does not read all the same."""
+    if not tensor.is_cpu:
+        return UnsupportedTensorError(index, f"the cpu backend does not read tensors on {tensor.device}")
+    return UnsupportedTensorError(index, f"{type(tensor).__name__} is not plain CPU memory")
+
+
 def _run_one_by_one(
     gradients: Sequence[Tensor], weights: Sequence[Tensor | None] | None, tables: Collection[int]
 ) -> Stats:
@@ -122,7 +129,7 @@ def _run_one_by_one(
             if tensor is not None:
                 check_readable(index, tensor)
                 if not tensor.is_cpu:
-                    raise UnsupportedTensorError(index, f"the cpu backend does not read tensors on {tensor.device}")
+                    raise _unreadable(index, tensor)
         sums = torch.empty((2, len(COLUMNS)), dtype=torch.float64, device="cpu")
         if gradient.layout is torch.sparse_coo:
             found = {0: _run_sparse(gradient, weight, sums)}
@@ -130,7 +137,7 @@ def _run_one_by_one(
             try:
                 _, found = _run([gradient], [weight], (0,) if index in tables else (), sums)
             except _core.Unsupported:
-                raise UnsupportedTensorError(index, f"{type(gradient).__name__} is not plain CPU memory") from None
+                raise _unreadable(index, gradient) from None
         parts[index] = sums[0]
         if index in tables:
             energies[index] = found[0]
@@ -176,16 +183,18 @@ def _as_matrix(index: int, tensor: Tensor) -> Tensor:
     return matrix if 1 in matrix.stride() else matrix.contiguous()
 
 
+def _is_read(matrix: Tensor) -> bool:
+    try:
+        _core.gram_products([_described(matrix)], [(0, 0)], 1)
+    except _core.Unsupported:
+        return False
+    return True
+
+
 def _refuse(matrices: Sequence[Tensor]) -> UnsupportedTensorError:
     """The error for the first of the matrices that the core cannot read."""
-    for index, matrix in enumerate(matrices):
-        if not matrix.is_cpu:
-            return UnsupportedTensorError(index, f"the cpu backend does not read tensors on {matrix.device}")
-        try:
-            _core.gram_products([_described(matrix)], [(0, 0)], 1)
-        except _core.Unsupported:
-            return UnsupportedTensorError(index, f"{type(matrix).__name__} is not plain CPU memory")
-    raise AssertionError("every matrix can be read")
+    index = next(index for index, matrix in enumerate(matrices) if not _is_read(matrix))
+    return _unreadable(index, matrices[index])
 
 
 def grams(matrices: Sequence[Tensor]) -> list[Tensor]:

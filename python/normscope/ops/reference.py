@@ -18,6 +18,7 @@ from normscope.ops.contract import (
     check_readable,
     check_weights,
     rows_of,
+    scaled,
     sparse_rows,
 )
 from normscope.stats import COLUMN_INDEX, COLUMNS, RANGE_SHIFT, Energies, Stats, merge
@@ -52,12 +53,6 @@ def _largest(values: Tensor) -> Tensor:
     return values.abs().amax() if values.numel() else values.new_zeros(())
 
 
-def _scaled(values: Tensor, exponent: int) -> Tensor:
-    """``values * 2**-exponent``, in two steps so that the factor itself stays in range."""
-    half = exponent // 2
-    return values * 2.0**-half * 2.0 ** -(exponent - half)
-
-
 def _put(row: Tensor, column: str, value: Tensor, exponent: int) -> None:
     """Write ``value * 2**exponent`` to the one of the three columns that can hold it."""
     if exponent > SAFE_EXPONENTS[1]:
@@ -72,8 +67,8 @@ def _sums(gradient: Tensor, weight: Tensor | None) -> Tensor:
     row = torch.zeros(len(COLUMNS), dtype=torch.float64, device=gradient.device)
     g = _float64(gradient)
     exponent = _exponent(_largest(g))
-    scaled = _scaled(g, exponent)
-    _put(row, "sum_squares", scaled.square().sum(), 2 * exponent)
+    in_range = scaled(g, exponent)
+    _put(row, "sum_squares", in_range.square().sum(), 2 * exponent)
     row[COLUMN_INDEX["sum_abs"]] = g.abs().sum()
     row[COLUMN_INDEX["max_abs"]] = _largest(g)
     row[COLUMN_INDEX["nonfinite"]] = (~g.isfinite()).sum()
@@ -81,11 +76,11 @@ def _sums(gradient: Tensor, weight: Tensor | None) -> Tensor:
     if weight is not None:
         w = _float64(weight)
         weight_exponent = _exponent(_largest(w))
-        w = _scaled(w, weight_exponent)
+        w = scaled(w, weight_exponent)
         _put(row, "weight_squares", w.square().sum(), 2 * weight_exponent)
         if gradient.layout is not torch.strided:
             w = w.reshape(-1, g.shape[1])[sparse_rows(gradient).positions]
-        _put(row, "dot", (scaled * w).sum(), exponent + weight_exponent)
+        _put(row, "dot", (in_range * w).sum(), exponent + weight_exponent)
     return row
 
 
@@ -94,7 +89,7 @@ def row_energies(gradient: Tensor) -> Energies:
     check_readable(0, gradient)
     g = _float64(gradient)
     exponent = _exponent(_largest(g))
-    squares = _scaled(g, exponent).square()
+    squares = scaled(g, exponent).square()
     rows = rows_of(gradient)
     if gradient.layout is torch.strided:
         return Energies(squares.reshape(rows, squares.numel() // max(rows, 1)).sum(dim=1), exponent)
@@ -164,7 +159,7 @@ def order_statistics(
         result[6 + index] = _least_count(descending, fraction)
     if stride is not None:
         means = torch.stack([x[k::stride].mean() for k in range(min(stride, count))])
-        result[2] = _scaled((means - means.mean()).square().mean(), -2 * energies.exponent)
+        result[2] = scaled((means - means.mean()).square().mean(), -2 * energies.exponent)
         result[3], result[4], result[5] = means.max(), means.min(), means.mean()
     return OrderStatistics(result)
 
@@ -183,10 +178,10 @@ def spectrum(matrix: Tensor) -> Spectrum:
         return Spectrum(undefined, "nonfinite")
     exponent = _exponent(_largest(matrix))
     try:
-        values = torch.linalg.svdvals(_scaled(matrix, exponent))
+        values = torch.linalg.svdvals(scaled(matrix, exponent))
     except SolverError:
         return Spectrum(undefined, "failed", fallback=True)
-    return Spectrum(_scaled(values, -exponent), "svd")
+    return Spectrum(scaled(values, -exponent), "svd")
 
 
 @torch.no_grad()

@@ -87,13 +87,14 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 
 def _to_line(record: Record) -> bytes:
     line: dict[str, object] = {"step": record.step, "point": record.point.value}
-    line.update((key, _to_json(value)) for key, value in record.items())
+    line.update((key, json_number(value)) for key, value in record.items())
     if record.nonfinite_parameters:
         line["nonfinite_parameters"] = record.nonfinite_parameters
     return json.dumps(line, allow_nan=False).encode()
 
 
-def _to_json(value: float) -> float | str | None:
+def json_number(value: float) -> float | str | None:
+    """The number as JSON has it: NaN is null, an infinity one of the strings ``"Infinity"`` and ``"-Infinity"``."""
     if math.isfinite(value):
         return float(value)
     if math.isnan(value):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from normscope import ops
-from normscope.ops.contract import SAFE_EXPONENTS, as_matrix
+from normscope.ops.contract import SAFE_EXPONENTS, as_matrix, scaled
 from normscope.stats import COLUMN_INDEX
 
 _Array = NDArray[np.float64]
@@ -118,8 +118,8 @@ def estimate_spectrum(
         return SpectrumEstimate(0.0, 0.0, 0.0, math.nan, math.nan, math.nan, 0.0, 0.0, 0.0)
     exponent = math.frexp(largest)[1]
     exponent *= not SAFE_EXPONENTS[0] <= exponent <= SAFE_EXPONENTS[1]
-    if exponent:  # float64 only; the power of two in two factors, so that each is in range
-        matrix = matrix * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2)
+    if exponent:  # float64 only
+        matrix = scaled(matrix, exponent)
     energy = float(ops.fused_pass([matrix]).column("sum_squares")[0])
     if n <= _EXACT_UP_TO * probes * steps:
         values = ops.singular_values([matrix])[0].values.cpu().numpy()
