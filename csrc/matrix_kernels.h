@@ -32,8 +32,8 @@ struct Vectors {
   std::size_t vectors;
 };
 
-// A symmetric matrix in float64: rows at a stride that is a multiple of kPanel, padded with zeros to `padded` rows and
-// columns; only the tiles on and above the diagonal are read.
+// A symmetric matrix in float64: rows at a stride of whole cache lines, padded with zeros to `padded` rows and columns;
+// only the tiles on and above the diagonal are read.
 struct Symmetric {
   double* data;
   std::size_t size;

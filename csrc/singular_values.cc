@@ -12,7 +12,6 @@ namespace normscope {
 namespace {
 
 constexpr std::size_t kWaveBytes = std::size_t{64} << 20;
-constexpr std::size_t kTogether = 4;  // tridiagonal matrices that one thread solves side by side
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // Squares of singular values that neither overflow nor vanish when they are squared once more.
@@ -145,7 +144,7 @@ std::vector<SpectrumStatus> singular_values(const std::vector<Matrix>& matrices,
 
     std::erase_if(order, [](const Problem* problem) { return problem->done; });
     const std::size_t workers = static_cast<std::size_t>(std::max(threads, 1));
-    const std::size_t together = std::clamp<std::size_t>((order.size() + workers - 1) / workers, 1, kTogether);
+    const std::size_t together = std::clamp<std::size_t>((order.size() + workers - 1) / workers, 1, kSideBySide);
     auto solve_some = [&](std::size_t job) {
       solve(order.data() + job * together, std::min(together, order.size() - job * together));
     };

@@ -112,7 +112,6 @@ void run(Iteration* const* iterations, std::size_t steps) {
 }  // namespace
 
 void tridiagonal_eigenvalues(Tridiagonal* matrices, std::size_t count) {
-  constexpr std::size_t kTogether = 4;
   std::vector<Iteration> all;
   all.reserve(count);
   std::vector<Iteration*> active;
@@ -121,7 +120,7 @@ void tridiagonal_eigenvalues(Tridiagonal* matrices, std::size_t count) {
     if (iteration.begin_sweep()) active.push_back(&iteration);
   }
   while (!active.empty()) {
-    const std::size_t together = std::min(kTogether, active.size());
+    const std::size_t together = std::min(kSideBySide, active.size());
     std::size_t steps = active[0]->steps_left();
     for (std::size_t k = 1; k < together; ++k) steps = std::min(steps, active[k]->steps_left());
     switch (together) {

@@ -5,6 +5,8 @@
 
 namespace normscope {
 
+inline constexpr std::size_t kSideBySide = 4;  // matrices that are solved together
+
 struct Tridiagonal {
   double* diagonal;      // size entries; receives the eigenvalues, ascending
   double* off_diagonal;  // size entries of which the last means nothing; destroyed

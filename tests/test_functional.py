@@ -208,3 +208,9 @@ def test_other_things_than_tensors() -> None:
 
 def test_an_empty_vocabulary_is_undefined() -> None:
     assert all(map(math.isnan, ns.token_gradient(torch.zeros(0, 4), stride=2).values()))
+
+
+def test_weight_without_a_spectrum_is_named() -> None:
+    weights = {"first": torch.eye(3), "table": torch.eye(4).to_sparse_coo()}  # type: ignore[no-untyped-call]
+    with pytest.raises(UnsupportedTensorError, match=r"^table: .*to_dense"):
+        ns.weight_tracking(weights)

@@ -155,7 +155,8 @@ def weight_tracking(
     matrices = [name for name in chosen if weights[name].dim() >= 2]
     spectra: dict[str, Spectral] = {}
     if spectrum == "exact":
-        spectra = dict(zip(matrices, exact_spectra([weights[name] for name in matrices], options), strict=True))
+        with naming(matrices):
+            spectra = dict(zip(matrices, exact_spectra([weights[name] for name in matrices], options), strict=True))
     return weight_tracking_values(
         Column(chosen, norms),
         Column(with_gradient, vector(stats.cosines()[:-1])),

@@ -22,7 +22,7 @@ from normscope.metrics.weight_tracking import (
     weight_tracking,
 )
 from normscope.observer import Observer, Reads, View
-from normscope.reading import WeightView, picked
+from normscope.reading import WeightView, naming, picked
 from normscope.spectra.top import Memory
 from normscope.tensors import Patterns
 
@@ -143,10 +143,11 @@ class WeightTracking(Observer):
         before = [self._memory(name, view.parameters[name]) for name in todo]
         held = [view.parameters[name] for name in todo]
         memories: Sequence[Memory | None] = [None] * len(todo)
-        if self.spectrum == "top":
-            found, memories = top_spectra(held, before, self.tolerance) if todo else ([], [])
-        else:
-            found = exact_spectra(held, self.options)
+        with naming(todo):
+            if self.spectrum == "top":
+                found, memories = top_spectra(held, before, self.tolerance) if todo else ([], [])
+            else:
+                found = exact_spectra(held, self.options)
         new = {
             name: _Known(ref(parameter), states[name], matrices[name], spectral, memory)
             for name, parameter, spectral, memory in zip(todo, held, found, memories, strict=True)
