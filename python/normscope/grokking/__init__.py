@@ -7,6 +7,7 @@ from normscope.grokking.models import MLP, AttentionModel, Transformer, build_mo
 from normscope.grokking.observers import WeightNorm
 from normscope.grokking.plot import plot_run
 from normscope.grokking.run_folder import RunFolder, RunFolderError
+from normscope.grokking.sweep_results import SweepFileError, SweepRow, read_rows, write_rows
 from normscope.grokking.task import Examples, ModularAddition, Split
 from normscope.grokking.trainer import Trainer
 from normscope.grokking.training import Progress, Run, Stop, train
@@ -25,6 +26,8 @@ __all__ = [
     "RunFolderError",
     "Split",
     "Stop",
+    "SweepFileError",
+    "SweepRow",
     "Trainer",
     "Transformer",
     "Transitions",
@@ -33,5 +36,7 @@ __all__ = [
     "build_optimizer",
     "find_transitions",
     "plot_run",
+    "read_rows",
     "train",
+    "write_rows",
 ]

@@ -1,0 +1,154 @@
+"""The result of a sweep: one row per run in a CSV file that reads back to the same bits and is replaced as a whole."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from normscope.errors import NormscopeError
+from normscope.grokking.run_folder import write_atomically
+
+#: The columns of every file, in their order.
+COLUMNS = (
+    "p",
+    "model",
+    "train_fraction",
+    "lr",
+    "weight_decay",
+    "rho",
+    "seed",
+    "t_mem",
+    "t_grok",
+    "budget",
+    "norm_at_grok",
+    "critical_norm",
+)
+_APPENDED = ("task", "clamp_from")  # columns that only a file with another value than the default has
+_WHOLE = ("p", "seed", "t_mem", "t_grok", "budget")
+_TEXT = ("model", *_APPENDED)
+_MAY_BE_EMPTY = ("rho", "t_mem", "t_grok", "norm_at_grok", "critical_norm")
+
+
+class SweepFileError(NormscopeError, ValueError):
+    """A file of sweep results cannot be used; the message names the file, and the line where there is one."""
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One run of a sweep.
+
+    Args:
+        p: the modulus; 2 for parity.
+        model: a name of ``GrokConfig.model``.
+        train_fraction: share of the examples that was trained on.
+        lr: learning rate.
+        weight_decay: weight decay of the matrices.
+        rho: the norm was held at ``rho * critical_norm``; None for a free run.
+        seed: seed of the split and the initial weights.
+        t_mem: first logged step with a training accuracy of at least 0.99; None if not reached.
+        t_grok: first logged step with a test accuracy of at least 0.90; None if not reached within ``budget``, which
+            makes the run a censored observation.
+        budget: optimizer steps after which the run ended in any case.
+        norm_at_grok: total weight norm at ``t_grok``.
+        critical_norm: the W_c that ``rho`` refers to; for a free run the median over the seeds of its control.
+        task: what was learnt, such as ``"addition"``.
+        clamp_from: when a clamped run's norm began to be held (``SweepGrid.clamp_from``).
+
+    Example:
+        >>> row = SweepRow(59, "mlp", 0.4, 1e-3, 1.0, 0.85, 0, 149, 1495, 30_000, 46.3, 54.5)
+        >>> row.is_censored, row.task
+        (False, 'addition')
+    """
+
+    p: int
+    model: str
+    train_fraction: float
+    lr: float
+    weight_decay: float
+    rho: float | None
+    seed: int
+    t_mem: int | None
+    t_grok: int | None
+    budget: int
+    norm_at_grok: float | None
+    critical_norm: float | None
+    task: str = "addition"
+    clamp_from: str = "start"
+
+    @property
+    def is_censored(self) -> bool:
+        """Whether the run did not grok within its budget: T_grok > ``budget`` is all that is known."""
+        return self.t_grok is None
+
+
+_DEFAULTS = {field.name: field.default for field in fields(SweepRow) if field.name in _APPENDED}
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[SweepRow]:
+    """The rows of a file of results, floats with the bits they were written with.
+
+    Raises:
+        SweepFileError: the file cannot be read or is no such file; the message names the line.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "rows.csv"
+        >>> write_rows(path, [SweepRow(59, "mlp", 0.4, 1e-3, 1.0, None, 0, 149, 5100, 30_000, 54.5, 54.5)])
+        >>> read_rows(path)[0].t_grok
+        5100
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise SweepFileError(f"{path} cannot be read: {reason}") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    if missing:
+        raise SweepFileError(f"{path} is no file of sweep results: it has no column {', '.join(missing)}")
+    return [_parsed(path, reader.line_num, cells) for cells in reader]
+
+
+def _parsed(path: str | os.PathLike[str], line: int, cells: dict[str, str | None]) -> SweepRow:
+    values: dict[str, object] = {}
+    for name in (*COLUMNS, *_APPENDED):
+        text = cells.get(name, "" if name in _APPENDED else None)
+        try:
+            if text is None or None in cells:
+                raise ValueError
+            if not text and name in _APPENDED:
+                continue
+            if not text and name in _MAY_BE_EMPTY:
+                values[name] = None
+            elif name in _TEXT:
+                values[name] = text
+            else:
+                values[name] = int(text) if name in _WHOLE else float(text)
+        except ValueError as error:
+            what = "not as many cells as columns" if text is None or None in cells else f"{name} is {text!r}"
+            raise SweepFileError(f"{path}, line {line}: {what}") from error
+    return SweepRow(**values)  # type: ignore[arg-type]
+
+
+def write_rows(path: str | os.PathLike[str], rows: Iterable[SweepRow]) -> None:
+    """Replace the file ``path`` by one with these rows; a kill leaves the old file or the new one, whole.
+
+    The columns are ``COLUMNS``; ``task`` follows where a row's task is not addition, ``clamp_from`` where a row's clamp
+    began at another time than by default.
+    """
+    rows = list(rows)
+    names = [*COLUMNS, *(name for name in _APPENDED if any(getattr(row, name) != _DEFAULTS[name] for row in rows))]
+    content = io.StringIO(newline="")
+    writer = csv.writer(content, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows(_cells(row, names) for row in rows)
+    write_atomically(Path(path), lambda file: file.write(content.getvalue().encode()))
+
+
+def _cells(row: SweepRow, names: Sequence[str]) -> list[str]:
+    values = (getattr(row, name) for name in names)
+    return ["" if value is None else repr(value) if isinstance(value, float) else str(value) for value in values]
