@@ -1,0 +1,1 @@
+"""Tests of the kernels for GPUs, none of which needs a GPU."""

@@ -1,0 +1,145 @@
+"""Small kernels, right and wrong ones, that the tests of the tools run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def doubled(x: Any, out: Any, n: Any, BLOCK: tl.constexpr) -> None:
+    """out = 2 x, every access masked."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i, mask=i < n) * 2, mask=i < n)
+
+
+@triton.jit
+def load_past_the_end(x: Any, out: Any, n: Any, BLOCK: tl.constexpr) -> None:
+    """Wrong: the load has no mask."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i) * 2, mask=i < n)
+
+
+@triton.jit
+def store_past_the_end(x: Any, out: Any, n: Any, BLOCK: tl.constexpr) -> None:
+    """Wrong: the store has no mask."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i, mask=i < n) * 2)
+
+
+@triton.jit
+def racing_sum(x: Any, out: Any, n: Any, BLOCK: tl.constexpr) -> None:
+    """Wrong: programs read, add and store the same element."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out, tl.load(out) + tl.sum(tl.load(x + i, mask=i < n, other=0.0)))
+
+
+@triton.jit
+def atomic_sum(x: Any, out: Any, n: Any, BLOCK: tl.constexpr) -> None:
+    """No race, but the order of programs changes the last bits."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.atomic_add(out, tl.sum(tl.load(x + i, mask=i < n, other=0.0)))
+
+
+@triton.jit
+def last_program(out: Any) -> None:
+    """Which program ran last: an exchange without a race, whose result is the order of programs."""
+    tl.atomic_xchg(out, tl.program_id(0))
+
+
+@triton.jit
+def partial_sums(x: Any, out: Any, n: Any, CHUNK: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    """float64 sums of chunks: full blocks without a mask, one masked tail, one place for each program."""
+    start = tl.program_id(0) * CHUNK
+    length = tl.minimum(n - start, CHUNK)
+    full = length // BLOCK
+    total = tl.zeros([BLOCK], tl.float64)
+    i = tl.arange(0, BLOCK)
+    for block in range(0, full):
+        total += tl.load(x + start + block * BLOCK + i).to(tl.float64)
+    rest = full * BLOCK + i
+    total += tl.load(x + start + rest, mask=rest < length, other=0.0).to(tl.float64)
+    tl.store(out + tl.program_id(0), tl.sum(total))
+
+
+@triton.jit
+def masked_partial_sums(x: Any, out: Any, n: Any, CHUNK: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    """The same sums, slow: a mask in the main loop takes the wide loads away."""
+    start = tl.program_id(0) * CHUNK
+    total = tl.zeros([BLOCK], tl.float64)
+    for block in range(0, CHUNK, BLOCK):
+        i = start + block + tl.arange(0, BLOCK)
+        total += tl.load(x + i, mask=i < n, other=0.0).to(tl.float64)
+    tl.store(out + tl.program_id(0), tl.sum(total))
+
+
+@triton.jit
+def sums_of_table(addresses: Any, lengths: Any, out: Any, DTYPE: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    """float64 sums of tensors that are known by address; one program each."""
+    t = tl.program_id(0)
+    x = tl.multiple_of(tl.load(addresses + t), 16).to(tl.pointer_type(DTYPE))
+    n = tl.load(lengths + t)
+    total = tl.zeros([BLOCK], tl.float64)
+    i = tl.arange(0, BLOCK)
+    full = (n // BLOCK).to(tl.int32)
+    for block in range(0, full):
+        total += tl.load(x + block * BLOCK + i).to(tl.float64)
+    rest = full * BLOCK + i
+    total += tl.load(x + rest, mask=rest < n, other=0.0).to(tl.float64)
+    tl.store(out + t, tl.sum(total))
+
+
+@triton.jit
+def sorted_row(x: Any, out: Any, n: Any, BLOCK: tl.constexpr) -> None:
+    """Sorted float64 values, padded with inf."""
+    i = tl.arange(0, BLOCK)
+    values = tl.load(x + i, mask=i < n, other=float("inf"))
+    tl.store(out + i, tl.sort(values), mask=i < n)
+
+
+@triton.jit
+def _larger_of_pairs(value_a: Any, index_a: Any, value_b: Any, index_b: Any) -> Any:
+    take = value_b > value_a
+    return tl.where(take, value_b, value_a), tl.where(take, index_b, index_a)
+
+
+@triton.jit
+def running_maximum(x: Any, values: Any, indices: Any, n: Any, BLOCK: tl.constexpr) -> None:
+    """The largest value so far and where it first stands: an associative scan of pairs."""
+    i = tl.arange(0, BLOCK)
+    v, k = tl.associative_scan((tl.load(x + i, mask=i < n, other=0.0), i), 0, _larger_of_pairs)
+    tl.store(values + i, v, mask=i < n)
+    tl.store(indices + i, k, mask=i < n)
+
+
+@triton.jit
+def arithmetic(x: Any, y: Any, z: Any, out: Any, n: Any, BLOCK: tl.constexpr) -> None:
+    """Eight float64 results for each element, one row each."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    a, b, c = tl.load(x + i, mask=i < n), tl.load(y + i, mask=i < n), tl.load(z + i, mask=i < n)
+    tl.store(out + i, tl.fma(a, b, c), mask=i < n)
+    tl.store(out + n + i, a / b, mask=i < n)
+    tl.store(out + 2 * n + i, tl.sqrt_rn(tl.abs(a)), mask=i < n)
+    tl.store(out + 3 * n + i, tl.maximum(a, b), mask=i < n)
+    tl.store(out + 4 * n + i, tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL), mask=i < n)
+    tl.store(out + 5 * n + i, tl.floor(a), mask=i < n)
+    tl.store(out + 6 * n + i, a.to(tl.float32).to(tl.float64), mask=i < n)
+    tl.store(out + 7 * n + i, tl.where(a < b, a - c, -a), mask=i < n)
+
+
+@triton.jit
+def converted(x: Any, out: Any, n: Any, DTYPE: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    """Values as another dtype, rounded once."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i, mask=i < n).to(DTYPE), mask=i < n)
+
+
+@triton.jit
+def spilling(x: Any, out: Any, ROWS: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    """Wrong: holds more values than a thread has registers, as every row is used before and after the sum."""
+    rows = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    values = tl.load(x + rows)
+    by_column = tl.sum(values, axis=0)
+    tl.store(out + rows, tl.sort(values, dim=1) * by_column[None, :] + values)
