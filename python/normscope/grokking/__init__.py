@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from normscope.grokking.clamp import NormClamp
 from normscope.grokking.config import ConfigurationError, GrokConfig
 from normscope.grokking.models import MLP, AttentionModel, Transformer, build_model, build_optimizer
 from normscope.grokking.observers import WeightNorm
@@ -20,6 +21,7 @@ __all__ = [
     "Examples",
     "GrokConfig",
     "ModularAddition",
+    "NormClamp",
     "Progress",
     "Run",
     "RunFolder",

@@ -67,14 +67,21 @@ class RunFolder:
         except OSError:
             pass  # a file system without locks
 
-    def check(self, config: GrokConfig) -> None:
+    def check(self, config: GrokConfig, interventions: Mapping[str, Any] | None = None) -> None:
         """Check that the folder is empty, or holds the run of ``config`` (``max_steps`` may differ).
+
+        Args:
+            config: the run.
+            interventions: what changes its model, name -> settings.
 
         Raises:
             RunFolderError: something else is in the folder; the message names what differs.
         """
         if self.config_file.exists():
             differences = self.read_config().differences(config)
+            there, asked = self.read_interventions(), _as_read(interventions or {})
+            if there != asked:
+                differences["interventions"] = (there, asked)
             if differences:
                 raise RunFolderError(
                     f"{self.path} holds another run ({describe_differences(differences)}); choose another --out"
@@ -102,15 +109,27 @@ class RunFolder:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise RunFolderError(f"{self.config_file} is not the configuration of a run: {error}") from error
 
-    def write_config(self, config: GrokConfig) -> None:
-        """Write ``config.json``: the configuration, and the versions that run it."""
+    def read_interventions(self) -> dict[str, dict[str, Any]]:
+        """Name -> settings of what changes the model of the run, from ``config.json``; {} for a free run.
+
+        Raises:
+            RunFolderError: ``config.json`` cannot be read.
+        """
+        try:
+            return dict(json.loads(self.config_file.read_text()).get("interventions", {}))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise RunFolderError(f"{self.config_file} is not the configuration of a run: {error}") from error
+
+    def write_config(self, config: GrokConfig, interventions: Mapping[str, Any] | None = None) -> None:
+        """Write ``config.json``: the configuration, what changes the model, and the versions that run it."""
         versions = {
             "normscope": normscope.__version__,
             "torch": str(torch.__version__),
             "python": platform.python_version(),
             "platform": platform.platform(),
         }
-        content = json.dumps({**asdict(config), "versions": versions}, indent=2) + "\n"
+        changed_by = {"interventions": dict(interventions)} if interventions else {}
+        content = json.dumps({**asdict(config), **changed_by, "versions": versions}, indent=2) + "\n"
         write_atomically(self.config_file, lambda file: file.write(content.encode()))
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
@@ -154,5 +173,16 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     os.replace(temporary, path)
 
 
+def _as_read(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as JSON gives them back."""
+    found: dict[str, Any] = json.loads(json.dumps(dict(settings)))
+    return found
+
+
 def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        of_each = (
+            f"{name}({', '.join(f'{key} {each}' for key, each in found.items())})" for name, found in value.items()
+        )
+        return ", ".join(of_each) or "none"
     return ",".join(value) or "none" if isinstance(value, tuple) else str(value)

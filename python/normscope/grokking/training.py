@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from normscope.grokking.config import GrokConfig
+from normscope.grokking.intervening import Interventions, settings_of
 from normscope.grokking.observers import WeightNorm
 from normscope.grokking.run_folder import RunFolder, RunFolderError
 from normscope.grokking.task import random_stream
 from normscope.grokking.trainer import Trainer
 from normscope.grokking.transitions import Transitions, find_transitions, has_stayed_generalised
 from normscope.monitor import Monitor
-from normscope.observer import Observer
+from normscope.observer import Intervention, Observer
 from normscope.observers import Norms, NormTrajectory, TokenGradient, WeightTracking
 from normscope.record import Record
 from normscope.sinks import JSONL, read_records
@@ -80,6 +81,8 @@ def train(
     config: GrokConfig,
     out: str | os.PathLike[str] | None = None,
     *,
+    interventions: Sequence[Intervention] = (),
+    observers: Sequence[Observer] = (),
     sinks: Iterable[Any] = (),
     progress: Progress | None = None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -98,6 +101,10 @@ def train(
     Args:
         config: the run.
         out: its folder; None keeps nothing.
+        interventions: what changes the model after every optimizer step that it is due at (steps are numbered from 1),
+            before anything is recorded. They are part of the run: their settings stand in its folder, their state is
+            saved and restored with it.
+        observers: further observers; they change nothing but the records.
         sinks: further receivers of the records; closed at the end.
         progress: a display.
         should_stop: asked after every step; True saves a checkpoint and returns.
@@ -117,7 +124,9 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(_torch_state(config))
         trainer = Trainer(config)
-        keeper = _Keeper(RunFolder(out), trainer, checkpoint_seconds) if out is not None else None
+        changes = Interventions(interventions, trainer)
+        settings = settings_of(interventions)
+        keeper = _Keeper(RunFolder(out), trainer, changes, settings, checkpoint_seconds) if out is not None else None
         records: list[Record] = []
         if keeper:
             stack.enter_context(keeper.folder.in_use())
@@ -129,13 +138,14 @@ def train(
         if keeper:
             keeper.begin()
         own_sinks = [JSONL(keeper.folder.metrics_file, keep_until=trainer.last_due_record)] if keeper else []
-        monitor = stack.enter_context(_monitor(trainer, [*own_sinks, *sinks]))
+        monitor = stack.enter_context(_monitor(trainer, observers, [*own_sinks, *sinks]))
         make_record = monitor.post_epoch if config.loop == "epoch" else monitor.post_step
         progress.start(trainer, records)
         while stop is None:
             trainer.advance()
+            changes.act()
             if trainer.is_record_due or trainer.step == config.max_steps:
-                values = {f"task/{name}": value for name, value in trainer.evaluate().items()}
+                values = {**changes.values, **{f"task/{name}": value for name, value in trainer.evaluate().items()}}
                 record = make_record(trainer.record_number, values)
                 assert record is not None
                 records.append(record)
@@ -157,13 +167,13 @@ def _why_stop(trainer: Trainer, records: Sequence[Record]) -> Stop | None:
     return Stop.MAX_STEPS if trainer.step >= trainer.config.max_steps else None
 
 
-def _monitor(trainer: Trainer, sinks: list[Any]) -> Monitor:
+def _monitor(trainer: Trainer, observers: Sequence[Observer], sinks: list[Any]) -> Monitor:
     available: dict[str, type[Observer]] = {
         observer.name: observer for observer in (Norms, WeightTracking, TokenGradient, NormTrajectory)
     }
     return Monitor(
         trainer.model,
-        observers=[WeightNorm(), *(available[name]() for name in trainer.config.observe)],
+        observers=[WeightNorm(), *(available[name]() for name in trainer.config.observe), *observers],
         sinks=sinks,
         context={"stride": trainer.config.stride},
         loop=trainer.config.loop,
@@ -189,6 +199,8 @@ class _Keeper:
 
     folder: RunFolder
     trainer: Trainer
+    changes: Interventions
+    settings: dict[str, dict[str, Any]]
     seconds: float
     _next: float = field(default=0.0, init=False)
 
@@ -198,12 +210,13 @@ class _Keeper:
         Raises:
             RunFolderError: see ``RunFolder.check``; or checkpoint and records do not belong together.
         """
-        self.folder.check(self.trainer.config)
+        self.folder.check(self.trainer.config, self.settings)
         if not self.folder.checkpoint_file.exists():
             return []
         state = self.folder.load_checkpoint()
         try:
             self.trainer.load_state_dict(state["trainer"])
+            self.changes.load_state_dict(state.get("interventions", {}))
             torch.set_rng_state(state["random_state"])
             promised = int(state["records"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -221,7 +234,7 @@ class _Keeper:
 
     def begin(self) -> None:
         """Write what a run that trains on must have in its folder before its first new record."""
-        self.folder.write_config(self.trainer.config)
+        self.folder.write_config(self.trainer.config, self.settings)
         if not self.folder.checkpoint_file.exists():
             self.save([])
 
@@ -233,6 +246,7 @@ class _Keeper:
         # The record at max_steps may lie off the grid; a run that is extended later drops it, so it does not count.
         state = {
             "trainer": self.trainer.state_dict(),
+            **({"interventions": self.changes.state_dict()} if self.settings else {}),
             "random_state": torch.get_rng_state(),
             "records": sum(record.step <= self.trainer.last_due_record for record in records),
         }

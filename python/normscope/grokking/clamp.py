@@ -1,0 +1,167 @@
+"""The clamp: weight matrices held at a multiple of the critical norm (Truong et al. 2026, arXiv 2606.13753)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from normscope.grokking.stepping import StepIntervention, matrices_of
+from normscope.observer import View
+from normscope.reading import named_pass
+from normscope.tensors import TensorList, select
+
+Mode = Literal["hold", "once"]
+
+
+class NormClamp(StepIntervention):
+    """After every optimizer step from ``start_step`` on, scale the weight matrices so that their norm is rho * W_c.
+
+    The norm is the square root of the sum of squares of all entries of the parameters with two or more dimensions; one
+    read finds it, and one scaling in place sets it. Biases and the optimizer's moments are not touched, and nothing
+    waits for a device. The norm then holds to the rounding of the weights' dtype: in float16 and bfloat16 a factor
+    close to 1 rounds away, so clamp the master weights.
+
+    Recorded: ``norm_clamp/factor`` and ``norm_clamp/norm_before``; with ``scope="layer"`` one of each for each matrix,
+    ``norm_clamp/factor/{layer}``. A norm of zero, or one that is NaN or infinite, cannot be scaled: those weights stay
+    as they are, the factor is NaN, and on the CPU a warning says so.
+
+    Args:
+        rho: the multiple, above 0.
+        critical_norm: W_c. With ``scope="layer"`` a mapping layer -> its own reference norm (layers that are not in it
+            are left alone), or W_c, of which each matrix gets the share it has when the clamp starts.
+        start_step: first step that is clamped, as the Monitor, ``train`` or the attached optimizer numbers it.
+        scope: ``"total"`` scales all matrices by one factor, ``"layer"`` each by its own; any other text is a
+            shell-style pattern of names, and the matrices that match are held together, the others left alone.
+        mode: ``"hold"``, or ``"once"`` for a single scaling at ``start_step``.
+
+    Raises:
+        ValueError: a value is out of its range; later, a name or pattern that fits no matrix.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(3, 3)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> clamp = NormClamp(rho=0.5, critical_norm=4.0)
+        >>> handle = clamp.attach(optimizer)
+        >>> layer(torch.ones(1, 3)).sum().backward()
+        >>> optimizer.step()
+        >>> round(layer.weight.norm().item(), 5)
+        2.0
+    """
+
+    name = "norm_clamp"
+
+    def __init__(
+        self,
+        rho: float,
+        critical_norm: float | Mapping[str, float],
+        start_step: int = 0,
+        scope: str = "total",
+        mode: Mode = "hold",
+    ) -> None:
+        _check(0 < rho < math.inf, f"rho must be above 0 and finite, not {rho!r}")
+        norms = critical_norm if isinstance(critical_norm, Mapping) else {"W_c": critical_norm}
+        _check(scope == "layer" or norms is not critical_norm, f"scope {scope!r} takes one critical norm, not several")
+        for name, norm in norms.items():
+            _check(0 < norm < math.inf, f"the critical norm must be above 0 and finite, not {norm!r} ({name})")
+        _check(bool(norms), "there is no critical norm")
+        _check(isinstance(start_step, int) and start_step >= 0, f"start_step must be at least 0, not {start_step!r}")
+        _check(bool(scope), "scope must be 'total', 'layer' or a pattern of names")
+        _check(mode in ("hold", "once"), f"mode must be 'hold' or 'once', not {mode!r}")
+        super().__init__(start=start_step)
+        self.rho = rho
+        self.critical_norm = dict(critical_norm) if isinstance(critical_norm, Mapping) else critical_norm
+        self.scope = scope
+        self.mode = mode
+        self._is_done = False
+        self._targets: Tensor | None = None  # of the layers, where they are shares of W_c
+        self._has_warned = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments, as ``NormClamp(**settings)`` takes them."""
+        return {
+            "rho": self.rho,
+            "critical_norm": self.critical_norm,
+            "start_step": self.start,
+            "scope": self.scope,
+            "mode": self.mode,
+        }
+
+    def due(self, step: int) -> bool:
+        """Whether the norm is set after this step."""
+        return super().due(step) and not (self.mode == "once" and self._is_done)
+
+    def apply(self, view: View) -> Mapping[str, float | Tensor]:
+        """Scale the matrices; return the factor and the norm before."""
+        names, matrices = self._held(view)
+        norms = named_pass(TensorList(names, matrices)).roots("sum_squares")
+        before = norms[:-1] if self.scope == "layer" else norms[-1:]
+        factors = self._target(names, norms) / before
+        usable = torch.isfinite(factors) & (factors > 0)
+        scaling = torch.where(usable, factors, 1.0).unbind()
+        torch._foreach_mul_(matrices, list(scaling) if self.scope == "layer" else scaling[0])
+        self._is_done = True
+        if usable.is_cpu and not self._has_warned and not bool(usable.all()):
+            self._has_warned = True
+            norm = before[~usable][0].item()
+            warnings.warn(
+                f"norm_clamp at step {view.step}: a weight norm of {norm:g} cannot be scaled; the weights are left",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        factors = torch.where(usable, factors, torch.nan)
+        if self.scope != "layer":
+            return {"factor": factors[0], "norm_before": before[0]}
+        values = {f"factor/{name}": factor for name, factor in zip(names, factors, strict=True)}
+        return values | {f"norm_before/{name}": norm for name, norm in zip(names, before, strict=True)}
+
+    def _held(self, view: View) -> TensorList:
+        """The matrices that are scaled."""
+        found = matrices_of(view)
+        if self.scope == "total":
+            return found
+        chosen: Mapping[str, object] | tuple[str, ...] = found.names  # type: ignore[assignment]
+        if isinstance(self.critical_norm, dict):
+            chosen = self.critical_norm
+            unknown = [name for name in chosen if name not in found.names]
+            _check(not unknown, f"no matrix is called {', '.join(unknown)}; candidates: {', '.join(found.names)}")
+        elif self.scope != "layer":
+            try:
+                chosen = select(tuple(found.names), (self.scope,), None)
+            except ValueError as error:
+                raise ValueError(str(error).replace("include=", "scope=")) from None
+        held = [(name, matrix) for name, matrix in zip(*found, strict=True) if name in chosen]
+        return TensorList([name for name, _ in held], [matrix for _, matrix in held])
+
+    def _target(self, names: Sequence[str], norms: Tensor) -> Tensor | float:
+        if isinstance(self.critical_norm, dict):
+            wanted = [self.rho * self.critical_norm[name] for name in names]
+            return torch.tensor(wanted, dtype=torch.float64, device=norms.device)
+        target = self.rho * self.critical_norm
+        if self.scope != "layer":
+            return target
+        if self._targets is None:
+            self._targets = target * norms[:-1] / norms[-1]
+        return self._targets.to(norms.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a clamp must know to go on: steps counted, whether it acted, the layers' targets."""
+        targets = None if self._targets is None else self._targets.cpu()
+        return {"steps": self._steps, "is_done": self._is_done, "targets": targets}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where ``state_dict()`` was taken."""
+        self._steps = int(state["steps"])
+        self._is_done = bool(state["is_done"])
+        self._targets = state["targets"]
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
