@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from normscope.attention import find_attention
@@ -73,7 +76,9 @@ def test_initial_weights_depend_on_the_seed_alone_and_leave_the_global_state(nam
     assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
 
 
-@pytest.mark.parametrize(("name", "vectors_decay"), [("mlp", 0.0), ("transformer", 0.1), ("attention", 0.0)])
+@pytest.mark.parametrize(
+    ("name", "vectors_decay"), [("mlp", 0.0), ("transformer", 0.1), ("attention", 0.0), ("attention-layernorm", 0.0)]
+)
 def test_weight_decay_acts_on_what_the_configuration_says(name: str, vectors_decay: float) -> None:
     config = GrokConfig(model=name, p=7)
     model = build_model(config)
@@ -87,7 +92,23 @@ def test_weight_decay_acts_on_what_the_configuration_says(name: str, vectors_dec
 
 def test_attention_model_equals_the_plain_formulas() -> None:
     """Softmax over the tokens a, b and "=" at "=", head by head, from the weights that the family reads."""
-    model = AttentionModel(11, width=12, heads=3, hidden_width=20).double()
+    check_attention_model(layernorm=False)
+
+
+def test_attention_model_with_layernorm_equals_the_plain_formulas() -> None:
+    """Normalised before the attention (queries, keys and values), the hidden layer and the output; never in the stream."""
+    check_attention_model(layernorm=True)
+
+
+def check_attention_model(layernorm: bool) -> None:
+    model = AttentionModel(11, width=12, heads=3, hidden_width=20, layernorm=layernorm).double()
+    norms: list[Callable[[Tensor], Tensor]] = []
+    for name in ("attention_norm", "hidden_norm", "output_norm"):
+        parameters = dict(getattr(model, name).named_parameters())
+        assert parameters.keys() == ({"weight", "bias"} if layernorm else set())
+        for parameter in parameters.values():
+            torch.nn.init.normal_(parameter)
+        norms.append(partial(normalised, **parameters))
     torch.nn.init.normal_(model.hidden.bias)
     torch.nn.init.normal_(model.back.bias)
     pairs = torch.randint(11, (30, 2))
@@ -103,11 +124,27 @@ def test_attention_model_equals_the_plain_formulas() -> None:
     at_end = stream[:, 2]
     attended = torch.zeros_like(at_end)
     for query, key, value, output in zip(*heads, strict=True):
-        scores = (stream @ key @ (at_end @ query).unsqueeze(2)).squeeze(2) / 2.0  # sqrt(d_head)
-        attended = attended + (scores.softmax(1).unsqueeze(1) @ stream @ value @ output).squeeze(1)
+        read = norms[0](stream)
+        scores = (read @ key @ (read[:, 2] @ query).unsqueeze(2)).squeeze(2) / 2.0  # sqrt(d_head)
+        attended = attended + (scores.softmax(1).unsqueeze(1) @ read @ value @ output).squeeze(1)
     at_end = at_end + attended
-    expected = model.output(at_end + model.back(torch.relu(model.hidden(at_end))))
+    expected = model.output(norms[2](at_end + model.back(torch.relu(model.hidden(norms[1](at_end))))))
     torch.testing.assert_close(model(pairs), expected, rtol=1e-10, atol=1e-10)
+
+
+def normalised(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """LayerNorm as its definition says; the identity without parameters."""
+    if weight is None or bias is None:
+        return x
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+
+
+def test_layernorm_leaves_the_initial_weights_as_they_are() -> None:
+    plain = build_model(GrokConfig(model="attention", p=7)).state_dict()
+    normed = build_model(GrokConfig(model="attention-layernorm", p=7)).state_dict()
+    assert all(torch.equal(plain[key], normed[key]) for key in plain)
+    assert len(normed) == len(plain) + 6
 
 
 def test_attention_model_is_the_published_one() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from normscope.grokking import ConfigurationError, ModularAddition
+from normscope.grokking import ConfigurationError, GrokConfig, ModularAddition, build_task
 from normscope.grokking.task import MAX_TEST_PAIRS, MAX_TRAINING_PAIRS, random_stream
 
 
@@ -77,3 +77,14 @@ def test_streams_are_reproducible_and_differ() -> None:
     assert draw(0, "a") == draw(0, "a")
     assert draw(0, "a") != draw(0, "b")
     assert draw(0, "a") != draw(1, "a")
+
+
+@pytest.mark.parametrize(
+    ("name", "sign"), [("addition", "+"), ("subtraction", "-"), ("multiplication", "*")], ids=lambda value: str(value)
+)
+def test_tasks_modulo_p_share_the_split_and_differ_in_the_result(name: str, sign: str) -> None:
+    split = build_task(GrokConfig(p=13, task=name)).split(0.5, seed=4)
+    addition = ModularAddition(13).split(0.5, seed=4)
+    for side, same in ((split.train, addition.train), (split.test, addition.test)):
+        assert torch.equal(side.pairs, same.pairs)
+        assert side.targets.tolist() == [eval(f"({a} {sign} {b}) % 13") for a, b in side.pairs.tolist()]

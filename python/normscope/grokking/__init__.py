@@ -1,4 +1,4 @@
-"""Grokking under observation: modular addition, three models, and a training that records, checkpoints and resumes."""
+"""Grokking under observation: arithmetic modulo p and parity, small models, resumable training, sweeps."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ from normscope.grokking.clamp import NormClamp
 from normscope.grokking.config import ConfigurationError, GrokConfig
 from normscope.grokking.models import MLP, AttentionModel, Transformer, build_model, build_optimizer
 from normscope.grokking.observers import WeightNorm
+from normscope.grokking.parity import BitMLP, SparseParity
 from normscope.grokking.plot import plot_run
 from normscope.grokking.run_folder import RunFolder, RunFolderError
 from normscope.grokking.sweep_results import SweepFileError, SweepRow, read_rows, write_rows
-from normscope.grokking.task import Examples, ModularAddition, Split
+from normscope.grokking.task import (
+    Examples,
+    ModularAddition,
+    ModularMultiplication,
+    ModularSubtraction,
+    Split,
+    build_task,
+)
 from normscope.grokking.trainer import Trainer
 from normscope.grokking.training import Progress, Run, Stop, train
 from normscope.grokking.transitions import Transitions, find_transitions
@@ -17,15 +25,19 @@ from normscope.grokking.transitions import Transitions, find_transitions
 __all__ = [
     "MLP",
     "AttentionModel",
+    "BitMLP",
     "ConfigurationError",
     "Examples",
     "GrokConfig",
     "ModularAddition",
+    "ModularMultiplication",
+    "ModularSubtraction",
     "NormClamp",
     "Progress",
     "Run",
     "RunFolder",
     "RunFolderError",
+    "SparseParity",
     "Split",
     "Stop",
     "SweepFileError",
@@ -36,6 +48,7 @@ __all__ = [
     "WeightNorm",
     "build_model",
     "build_optimizer",
+    "build_task",
     "find_transitions",
     "plot_run",
     "read_rows",

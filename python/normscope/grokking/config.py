@@ -15,17 +15,29 @@ from normscope.observer import LoopKind
 ORDERINGS = ("random", "stride")
 OBSERVERS = ("norms", "weight_tracking", "token_gradient", "norm_trajectory")
 _OF_HEADS = "norm_trajectory"  # needs a model with attention
+_OF_TOKENS = ("token_gradient",)  # need a task whose operands are tokens
 
 _PLAIN = tuple(name for name in OBSERVERS if name != _OF_HEADS)
 _BY_MODEL: dict[str, dict[str, Any]] = {
     "mlp": {"weight_decay": 1.0, "batch_size": 0, "max_steps": 50_000, "observe": _PLAIN},
     "transformer": {"weight_decay": 0.1, "batch_size": 256, "max_steps": 1_000_000, "observe": _PLAIN},
     "attention": {"weight_decay": 1.0, "batch_size": 0, "max_steps": 50_000, "observe": OBSERVERS},
+    "attention-layernorm": {"weight_decay": 1.0, "batch_size": 0, "max_steps": 50_000, "observe": OBSERVERS},
 }
 MODELS = tuple(_BY_MODEL)
+#: Task -> what its title says; ``{}`` is the modulus.
+_TITLES = {
+    "addition": "(a + b) mod {}",
+    "subtraction": "(a - b) mod {}",
+    "multiplication": "a b mod {}",
+    "parity": "parity of {} of {} bits",
+}
+TASKS = tuple(_TITLES)
+_OF_PARITY = {"bits": 40, "relevant": 3, "examples": 2500}
+_MOST_BITS = 62  # bit strings are numbered with int64
 _LARGEST_P = math.isqrt(2**63 - 1)  # pairs are numbered with int64
 #: The matrices of these are small, and more threads wait longer for one another on a busy machine.
-_SMALL, _SMALL_THREADS = ("mlp", "attention"), 2
+_SMALL, _SMALL_THREADS = ("mlp", "attention", "attention-layernorm"), 2
 _LEFT_OUT: Any = None  # filled in by ``__post_init__``, so that the fields have their real types
 
 
@@ -35,14 +47,15 @@ class ConfigurationError(NormscopeError, ValueError):
 
 @dataclass(frozen=True)
 class GrokConfig:
-    """One run on (a + b) mod p. Equal configurations give equal bits on one machine.
+    """One run, on (a + b) mod p by default. Equal configurations give equal bits on one machine.
 
     Args:
-        model: ``"mlp"`` (Truong et al. 2026, arXiv 2606.13753), ``"transformer"`` or ``"attention"`` (one layer, after
-            Nanda et al. 2023, arXiv 2301.05217).
-        p: the modulus, at least 2; also the number of tokens.
+        model: ``"mlp"`` (Truong et al. 2026, arXiv 2606.13753), ``"transformer"``, ``"attention"`` (one layer, after
+            Nanda et al. 2023, arXiv 2301.05217) or ``"attention-layernorm"``, the same with LayerNorm.
+        p: the modulus, at least 2; also the number of tokens. By default 59; 2 for parity.
         seed: seed of the split, the initial weights and the order of the mini-batches.
-        train_fraction: share of the p^2 pairs that is trained on, in (0, 1); at most 300,000 pairs are drawn.
+        train_fraction: share of the p^2 pairs (or of parity's examples) that is trained on, in (0, 1); at most 300,000
+            are drawn.
         lr: learning rate of AdamW (betas 0.9 and 0.999).
         weight_decay: weight decay of AdamW. By default 1 for the mlp and the attention model, on matrices only, and 0.1
             for the transformer, on every parameter.
@@ -56,6 +69,11 @@ class GrokConfig:
             which needs attention heads, and with it for the attention model.
         threads: torch's threads while training: rounding depends on them. By default what torch uses, at most 2 but for
             the transformer.
+        task: ``"addition"``, ``"subtraction"`` or ``"multiplication"`` modulo p, or ``"parity"``: the parity of a few
+            bits of a random string, the others being of no account; for the mlp, which then has no embedding.
+        bits: parity: length of a string, at most 62; by default 40.
+        relevant: parity: how many of the bits count; by default 3. Which ones depends on the seed.
+        examples: parity: how many distinct strings are drawn, training and test together; by default 2,500.
 
     Raises:
         ConfigurationError: a value is out of its range.
@@ -64,10 +82,12 @@ class GrokConfig:
         >>> config = GrokConfig(model="transformer", p=9973)
         >>> config.stride, config.batch_size, config.weight_decay
         (99, 256, 0.1)
+        >>> GrokConfig(task="parity").title
+        'parity of 3 of 40 bits'
     """
 
     model: str = "mlp"
-    p: int = 59
+    p: int = _LEFT_OUT
     seed: int = 0
     train_fraction: float = 0.4
     lr: float = 1e-3
@@ -78,13 +98,22 @@ class GrokConfig:
     max_steps: int = field(default=_LEFT_OUT, metadata={"extends": True})
     observe: tuple[str, ...] = _LEFT_OUT
     threads: int = _LEFT_OUT
+    task: str = "addition"
+    bits: int = _LEFT_OUT
+    relevant: int = _LEFT_OUT
+    examples: int = _LEFT_OUT
 
     def __post_init__(self) -> None:
         _check(self.model in MODELS, f"unknown model {self.model!r}: choose from {', '.join(MODELS)}")
+        _check(self.task in TASKS, f"unknown task {self.task!r}: choose from {', '.join(TASKS)}")
+        if self.p is None:
+            object.__setattr__(self, "p", 2 if self.task == "parity" else 59)
         _check(self.p >= 2, f"p must be at least 2, not {self.p}")
         _check(self.p <= _LARGEST_P, f"p must be at most {_LARGEST_P}, not {self.p}")
         defaults = {
             **_BY_MODEL[self.model],
+            "observe": _fitting(self.model, self.task),
+            **(_OF_PARITY if self.task == "parity" else dict.fromkeys(_OF_PARITY, 0)),
             "stride": math.isqrt(self.p),
             "threads": min(torch.get_num_threads(), _SMALL_THREADS)
             if self.model in _SMALL
@@ -98,6 +127,11 @@ class GrokConfig:
             self.model != "mlp" or _OF_HEADS not in self.observe,
             f"observer {_OF_HEADS!r} needs attention heads, which the mlp has none of",
         )
+        for name in _OF_TOKENS:
+            _check(
+                self.task != "parity" or name not in self.observe,
+                f"observer {name!r} needs tokens, which task 'parity' has none of",
+            )
         object.__setattr__(self, "observe", tuple(name for name in OBSERVERS if name in self.observe))
         self._check_ranges()
 
@@ -116,6 +150,26 @@ class GrokConfig:
         _check(self.stride >= 1, f"stride must be at least 1, not {self.stride}")
         _check(self.max_steps >= 1, f"max steps must be at least 1, not {self.max_steps}")
         _check(self.threads >= 1, f"threads must be at least 1, not {self.threads}")
+        if self.task == "parity":
+            self._check_parity()
+        else:
+            for name in _OF_PARITY:
+                _check(not getattr(self, name), f"{name} is a setting of task 'parity', not of {self.task!r}")
+
+    def _check_parity(self) -> None:
+        _check(self.model == "mlp", f"task 'parity' has bits, not tokens, and needs the mlp, not the {self.model}")
+        _check(self.p == 2, f"task 'parity' has two classes: p must be left out, not {self.p}")
+        _check(1 <= self.bits <= _MOST_BITS, f"bits must be in [1, {_MOST_BITS}], not {self.bits}")
+        _check(1 <= self.relevant <= self.bits, f"relevant must be in [1, {self.bits}] bits, not {self.relevant}")
+        _check(
+            2 <= self.examples <= 2**self.bits,
+            f"examples must be in [2, {2**self.bits}], the strings of {self.bits} bits, not {self.examples}",
+        )
+
+    @property
+    def title(self) -> str:
+        """What is learnt, in words, such as ``"(a + b) mod 59"``."""
+        return _TITLES[self.task].format(*((self.relevant, self.bits) if self.task == "parity" else (self.p,)))
 
     @property
     def loop(self) -> LoopKind:
@@ -124,15 +178,16 @@ class GrokConfig:
 
     @property
     def name(self) -> str:
-        """A folder name that tells runs apart: model, p, whatever is not the default, seed."""
-        plain = GrokConfig(model=self.model, p=self.p)
+        """A folder name that tells runs apart: model, task, p, whatever is not the default, seed."""
+        plain = GrokConfig(model=self.model, p=self.p, task=self.task)
         changed = [
             f"{setting.name.replace('_', '')}{_short(getattr(self, setting.name))}"
             for setting in fields(self)
-            if setting.name not in ("model", "p", "seed", "max_steps", "threads")
+            if setting.name not in ("model", "p", "seed", "max_steps", "threads", "task")
             and getattr(self, setting.name) != getattr(plain, setting.name)
         ]
-        return "-".join([self.model, f"p{self.p}", *changed, f"seed{self.seed}"])
+        task = () if self.task == "addition" else (self.task,)
+        return "-".join([self.model, *task, f"p{self.p}", *changed, f"seed{self.seed}"])
 
     def differences(self, other: GrokConfig) -> dict[str, tuple[Any, Any]]:
         """Setting -> (mine, the other's) where the trajectory or its records differ; ``max_steps`` only extends them.
@@ -148,8 +203,8 @@ class GrokConfig:
         }
 
 
-def parse_observers(names: str, model: str = "mlp") -> tuple[str, ...]:
-    """``"norms,token_gradient"``, ``"none"`` or ``"all"`` (that fit ``model``) as ``GrokConfig.observe`` takes them.
+def parse_observers(names: str, model: str = "mlp", task: str = "addition") -> tuple[str, ...]:
+    """``"norms,token_gradient"``, ``"none"`` or ``"all"`` (that fit ``model``, ``task``) for ``GrokConfig.observe``.
 
     Raises:
         ConfigurationError: a name is unknown.
@@ -158,9 +213,18 @@ def parse_observers(names: str, model: str = "mlp") -> tuple[str, ...]:
     if chosen == ["none"]:
         return ()
     if chosen == ["all"]:
-        return _PLAIN if model == "mlp" else OBSERVERS
+        return _fitting(model, task, OBSERVERS)
     _check_observers(chosen)
     return tuple(chosen)
+
+
+def _fitting(model: str, task: str, names: tuple[str, ...] | None = None) -> tuple[str, ...]:
+    """Those of ``names`` (by default the model's default) that the model and the task can serve."""
+    return tuple(
+        name
+        for name in names or _BY_MODEL[model]["observe"]
+        if (name != _OF_HEADS or model != "mlp") and (name not in _OF_TOKENS or task != "parity")
+    )
 
 
 def _check_observers(names: Collection[str]) -> None:

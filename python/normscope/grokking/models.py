@@ -1,4 +1,4 @@
-"""The models of the main job; each maps pairs of tokens (int64, n x 2) to logits (n x p)."""
+"""The models of runs modulo p; each maps pairs of tokens (int64, n x 2) to logits (n x p)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normscope.grokking.config import GrokConfig
+from normscope.grokking.parity import BitMLP
 from normscope.grokking.task import random_stream
 
 
@@ -91,9 +92,9 @@ class Transformer(nn.Module):
 class AttentionModel(nn.Module):
     """One layer of attention and one hidden layer, read off behind the pair (Nanda et al. 2023, arXiv 2301.05217).
 
-    Tokens a, b and "=" with learned positions, no LayerNorm; attention without biases, a ReLU layer, each added to the
-    stream; logits at "=". Its token and its position are one vector there, the last row of ``position``, so that the
-    embedding holds the p numbers alone. Nothing is read at a and b, so no queries are formed there.
+    Tokens a, b and "=" with learned positions; attention without biases, a ReLU layer, each added to the stream; logits
+    at "=". Its token and its position are one vector there, the last row of ``position``, so that the embedding holds
+    the p numbers alone. Nothing is read at a and b, so no queries are formed there. No LayerNorm unless asked for.
 
     Every matrix starts Gaussian with standard deviation 1/sqrt(fan_in), tokens and positions with 1/sqrt(width), biases
     at zero.
@@ -103,6 +104,7 @@ class AttentionModel(nn.Module):
         width: width of the stream.
         heads: attention heads.
         hidden_width: width of the hidden layer.
+        layernorm: a LayerNorm before the attention, before the hidden layer and before the output.
 
     Example:
         >>> model = AttentionModel(59)
@@ -110,7 +112,9 @@ class AttentionModel(nn.Module):
         (torch.Size([2, 59]), 4)
     """
 
-    def __init__(self, p: int, *, width: int = 128, heads: int = 4, hidden_width: int = 512) -> None:
+    def __init__(
+        self, p: int, *, width: int = 128, heads: int = 4, hidden_width: int = 512, layernorm: bool = False
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(p, width)
         self.position = nn.Parameter(torch.randn(3, width) / math.sqrt(width))
@@ -118,6 +122,8 @@ class AttentionModel(nn.Module):
         self.hidden = nn.Linear(width, hidden_width)
         self.back = nn.Linear(hidden_width, width)
         self.output = nn.Linear(width, p, bias=False)
+        norm = nn.LayerNorm if layernorm else nn.Identity
+        self.attention_norm, self.hidden_norm, self.output_norm = norm(width), norm(width), norm(width)
         nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(width))
         nn.init.normal_(self.attention.in_proj_weight, std=1 / math.sqrt(width))
         for layer in (self.attention.out_proj, self.hidden, self.back, self.output):
@@ -127,25 +133,23 @@ class AttentionModel(nn.Module):
 
     def forward(self, pairs: Tensor) -> Tensor:
         end = self.position[2].expand(len(pairs), 1, -1)
-        stream = torch.cat([self.embedding(pairs) + self.position[:2], end], dim=1)
-        attended, _ = self.attention(end, stream, stream, need_weights=False)
+        stream = self.attention_norm(torch.cat([self.embedding(pairs) + self.position[:2], end], dim=1))
+        attended, _ = self.attention(self.attention_norm(end), stream, stream, need_weights=False)
         at_end = (end + attended)[:, 0]
-        logits: Tensor = self.output(at_end + self.back(F.relu(self.hidden(at_end))))
+        hidden = F.relu(self.hidden(self.hidden_norm(at_end)))
+        logits: Tensor = self.output(self.output_norm(at_end + self.back(hidden)))
         return logits
-
-
-_MODELS: dict[str, type[MLP | Transformer | AttentionModel]] = {
-    "mlp": MLP,
-    "transformer": Transformer,
-    "attention": AttentionModel,
-}
 
 
 def build_model(config: GrokConfig) -> nn.Module:
     """The model that ``config`` names, with initial weights that depend on its seed alone."""
     with torch.random.fork_rng(devices=[]):  # PyTorch's modules draw from the global generator
         torch.set_rng_state(random_stream(config.seed, "model").get_state())
-        return _MODELS[config.model](config.p)
+        if config.task == "parity":
+            return BitMLP(config.bits)
+        if config.model.startswith("attention"):
+            return AttentionModel(config.p, layernorm=config.model == "attention-layernorm")
+        return (MLP if config.model == "mlp" else Transformer)(config.p)
 
 
 def build_optimizer(model: nn.Module, config: GrokConfig) -> torch.optim.AdamW:

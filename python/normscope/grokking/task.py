@@ -1,14 +1,15 @@
-"""The task: addition modulo p, its split into training and test pairs, and the order of an epoch."""
+"""The tasks: arithmetic modulo p, its split into training and test pairs, and the order of an epoch."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from normscope.grokking.config import ConfigurationError
+from normscope.grokking.config import ConfigurationError, GrokConfig
 
 MAX_TRAINING_PAIRS = 300_000
 MAX_TEST_PAIRS = 20_000
@@ -28,13 +29,18 @@ def random_stream(seed: int, *names: object) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Examples:
-    """Operands ``pairs`` (int64, n x 2) and the results ``targets`` (int64, n)."""
+    """What the model is given (int64, n x 2 tokens or n x bits) and the results ``targets`` (int64, n)."""
 
-    pairs: Tensor
+    inputs: Tensor
     targets: Tensor
 
     def __len__(self) -> int:
         return self.targets.numel()
+
+    @property
+    def pairs(self) -> Tensor:
+        """The operands a and b of a task modulo p: ``inputs`` by another name."""
+        return self.inputs
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,16 @@ class Split:
 
     train: Examples
     test: Examples
+
+
+class Task(Protocol):
+    """What a run learns."""
+
+    def split(self, train_fraction: float, seed: int) -> Split:
+        """Training and test examples, a function of the seed alone."""
+
+    def epoch_order(self, train: Examples, ordering: str, *, stride: int, seed: int, epoch: int) -> Tensor:
+        """The order (int64, n) in which an epoch goes through the training examples."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,11 @@ class ModularAddition:
     def examples(self, indices: Tensor) -> Examples:
         """The examples with the given pair indices a * p + b (int64, n)."""
         first, second = indices // self.p, indices % self.p
-        return Examples(torch.stack([first, second], dim=1), (first + second) % self.p)
+        return Examples(torch.stack([first, second], dim=1), self.result(first, second))
+
+    def result(self, first: Tensor, second: Tensor) -> Tensor:
+        """What is to be learnt for operands a and b (int64, n)."""
+        return (first + second) % self.p
 
     def split(self, train_fraction: float, seed: int) -> Split:
         """Draw min(300,000, floor(train_fraction * p^2)) training pairs without replacement.
@@ -71,12 +91,8 @@ class ModularAddition:
             ConfigurationError: no pair is left on one side.
         """
         total = self.p**2
-        training = min(MAX_TRAINING_PAIRS, int(train_fraction * total))
-        test = min(MAX_TEST_PAIRS, total - training)
-        if not (training and test):
-            side = "trained on" if test else "tested on"
-            raise ConfigurationError(f"train fraction {train_fraction:g} leaves none of the {total} pairs to be {side}")
-        drawn = _draw_distinct(total, training + test, random_stream(seed, "split"))
+        training, test = split_sizes(total, train_fraction, "pairs")
+        drawn = draw_distinct(total, training + test, random_stream(seed, "split"))
         return Split(self.examples(drawn[:training]), self.examples(drawn[training:]))
 
     def epoch_order(self, train: Examples, ordering: str, *, stride: int, seed: int, epoch: int) -> Tensor:
@@ -98,7 +114,65 @@ class ModularAddition:
         return torch.argsort(first % stride * self.p + first, stable=True)
 
 
-def _draw_distinct(total: int, count: int, generator: torch.Generator) -> Tensor:
+@dataclass(frozen=True)
+class ModularSubtraction(ModularAddition):
+    """c = (a - b) mod p; all else as for addition, the split of a seed included.
+
+    Example:
+        >>> ModularSubtraction(7).examples(torch.tensor([2 * 7 + 5])).targets
+        tensor([4])
+    """
+
+    def result(self, first: Tensor, second: Tensor) -> Tensor:
+        """(a - b) mod p."""
+        return (first - second) % self.p
+
+
+@dataclass(frozen=True)
+class ModularMultiplication(ModularAddition):
+    """c = a b mod p over all pairs, those with a zero included; all else as for addition.
+
+    Example:
+        >>> ModularMultiplication(7).examples(torch.tensor([2 * 7 + 5])).targets
+        tensor([3])
+    """
+
+    def result(self, first: Tensor, second: Tensor) -> Tensor:
+        """a b mod p."""
+        return first * second % self.p
+
+
+def build_task(config: GrokConfig) -> Task:
+    """The task that ``config`` names."""
+    if config.task == "parity":
+        from normscope.grokking.parity import SparseParity
+
+        return SparseParity(config.bits, config.relevant, config.examples)
+    return _MODULAR[config.task](config.p)
+
+
+_MODULAR = {
+    "addition": ModularAddition,
+    "subtraction": ModularSubtraction,
+    "multiplication": ModularMultiplication,
+}
+
+
+def split_sizes(total: int, train_fraction: float, what: str) -> tuple[int, int]:
+    """How many of ``total`` examples are trained on and tested on.
+
+    Raises:
+        ConfigurationError: no example is left on one side.
+    """
+    training = min(MAX_TRAINING_PAIRS, int(train_fraction * total))
+    test = min(MAX_TEST_PAIRS, total - training)
+    if not (training and test):
+        side = "trained on" if test else "tested on"
+        raise ConfigurationError(f"train fraction {train_fraction:g} leaves none of the {total} {what} to be {side}")
+    return training, test
+
+
+def draw_distinct(total: int, count: int, generator: torch.Generator) -> Tensor:
     """``count`` distinct integers of [0, total) in random order, without a list of all ``total`` where that is long."""
     if 2 * count >= total:
         return torch.randperm(total, generator=generator)[:count]

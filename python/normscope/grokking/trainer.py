@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from normscope.grokking.config import GrokConfig
 from normscope.grokking.models import build_model, build_optimizer
-from normscope.grokking.task import Examples, ModularAddition
+from normscope.grokking.task import Examples, build_task
 
 RECORDS_PER_DECADE = 100  # of the geometric grid: neighbouring records lie 2.3 % apart
 _LOGITS_AT_ONCE = 1 << 23
@@ -54,7 +54,7 @@ class Trainer:
     def __init__(self, config: GrokConfig) -> None:
         _keep_freed_memory()
         self.config = config
-        self.task = ModularAddition(config.p)
+        self.task = build_task(config)
         self.split = self.task.split(config.train_fraction, config.seed)
         self.model = build_model(config)
         self.optimizer = build_optimizer(self.model, config)
@@ -86,7 +86,7 @@ class Trainer:
         """One optimizer step on the next mini-batch; its gradients stay on the model."""
         batch = self._next_batch()
         self.optimizer.zero_grad()
-        F.cross_entropy(self.model(batch.pairs), batch.targets).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(self.model(batch.inputs), batch.targets).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.step += 1
 
@@ -101,7 +101,7 @@ class Trainer:
             )
             self._epoch = epoch, torch.tensor_split(order, self.steps_per_epoch)  # no small one at the end
         chosen = self._epoch[1][position]
-        return Examples(train.pairs[chosen], train.targets[chosen])
+        return Examples(train.inputs[chosen], train.targets[chosen])
 
     def evaluate(self) -> dict[str, float]:
         """Mean cross-entropy (nats) and accuracy of the present weights on the test and the training examples.
@@ -110,7 +110,7 @@ class Trainer:
         """
         train = self.split.train
         if self.config.loop == "epoch":
-            train = Examples(train.pairs[:_TRAINING_PAIRS_EVALUATED], train.targets[:_TRAINING_PAIRS_EVALUATED])
+            train = Examples(train.inputs[:_TRAINING_PAIRS_EVALUATED], train.targets[:_TRAINING_PAIRS_EVALUATED])
         train_loss, train_accuracy = self._evaluate(train)
         test_loss, test_accuracy = self._evaluate(self.split.test)
         return {
@@ -126,8 +126,8 @@ class Trainer:
         correct = torch.zeros((), dtype=torch.int64)
         pairs_at_once = max(1, _LOGITS_AT_ONCE // self.config.p)
         for start in range(0, len(examples), pairs_at_once):
-            pairs, targets = (part[start : start + pairs_at_once] for part in (examples.pairs, examples.targets))
-            logits = self.model(pairs)
+            inputs, targets = (part[start : start + pairs_at_once] for part in (examples.inputs, examples.targets))
+            logits = self.model(inputs)
             loss += F.cross_entropy(logits, targets, reduction="sum")
             correct += (logits.argmax(dim=1) == targets).sum()
         return loss.item() / len(examples), correct.item() / len(examples)
