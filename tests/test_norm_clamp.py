@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 
 import normscope as ns
 from normscope.grokking import NormClamp, RunFolder, RunFolderError, Trainer, train
+from normscope.grokking.clamp import _on_device
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -144,6 +146,31 @@ def test_a_norm_that_cannot_be_scaled_leaves_the_weights_and_says_so(bad: float)
     assert record is not None
     assert math.isnan(record["norm_clamp/factor"])
     torch.testing.assert_close(model.weight.detach(), torch.full((2, 2), bad), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("scope", ["total", "layer"])
+@pytest.mark.parametrize("bad", [None, 0.0, math.nan, math.inf, 5e-324])
+def test_the_path_of_devices_is_that_of_the_host(
+    bad: float | None, scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tensors through the arithmetic that never reads a number on the host."""
+    models = make_model(torch.float64), make_model(torch.float64)
+    values: list[Any] = []
+    for path, model in zip(("host", "device"), models, strict=True):
+        if bad is not None:
+            nn.init.constant_(model.get_parameter("2.weight"), bad)
+        clamp = NormClamp(0.5, 4.0, scope=scope)
+        if path == "device":
+            monkeypatch.setattr(clamp, "_on_host", _on_device)
+        parameters = dict(model.named_parameters())
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            values.append(clamp.apply(ns.View(1, ns.LifecyclePoint.POST_STEP, {}, model, parameters)))
+    assert [float(value) for value in values[0].values()] == pytest.approx(
+        [float(value) for value in values[1].values()], rel=1e-15, nan_ok=True
+    )
+    for mine, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-15, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from normscope.grokking.clamp import NormClamp
 from normscope.grokking.config import ConfigurationError, GrokConfig
+from normscope.grokking.guided_decay import NormGuidedDecay
 from normscope.grokking.models import MLP, AttentionModel, Transformer, build_model, build_optimizer
 from normscope.grokking.observers import WeightNorm
 from normscope.grokking.parity import BitMLP, SparseParity
@@ -33,6 +34,7 @@ __all__ = [
     "ModularMultiplication",
     "ModularSubtraction",
     "NormClamp",
+    "NormGuidedDecay",
     "Progress",
     "Run",
     "RunFolder",

@@ -102,24 +102,29 @@ class NormClamp(StepIntervention):
         names, matrices = self._held(view)
         norms = named_pass(TensorList(names, matrices)).roots("sum_squares")
         before = norms[:-1] if self.scope == "layer" else norms[-1:]
-        factors = self._target(names, norms) / before
-        usable = torch.isfinite(factors) & (factors > 0)
-        scaling = torch.where(usable, factors, 1.0).unbind()
-        torch._foreach_mul_(matrices, list(scaling) if self.scope == "layer" else scaling[0])
+        factors = (self._on_host if norms.is_cpu else _on_device)(self._target(names, norms), before, matrices, view)
         self._is_done = True
-        if usable.is_cpu and not self._has_warned and not bool(usable.all()):
-            self._has_warned = True
-            norm = before[~usable][0].item()
-            warnings.warn(
-                f"norm_clamp at step {view.step}: a weight norm of {norm:g} cannot be scaled; the weights are left",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        factors = torch.where(usable, factors, torch.nan)
         if self.scope != "layer":
             return {"factor": factors[0], "norm_before": before[0]}
         values = {f"factor/{name}": factor for name, factor in zip(names, factors, strict=True)}
         return values | {f"norm_before/{name}": norm for name, norm in zip(names, before, strict=True)}
+
+    def _on_host(self, target: Tensor, before: Tensor, matrices: list[Tensor], view: View) -> list[float]:
+        """Scale CPU matrices, with host numbers: a dozen operations on one-element tensors cost more than the pass."""
+        norms = before.tolist()
+        factors = [to / norm if norm > 0 else math.nan for to, norm in zip(target.tolist(), norms, strict=True)]
+        factors = [factor if 0 < factor < math.inf else math.nan for factor in factors]
+        scaling = [1.0 if math.isnan(factor) else factor for factor in factors]
+        torch._foreach_mul_(matrices, scaling if len(scaling) == len(matrices) else scaling[0])
+        if not self._has_warned and any(map(math.isnan, factors)):
+            self._has_warned = True
+            norm = next(norm for norm, factor in zip(norms, factors, strict=True) if math.isnan(factor))
+            warnings.warn(
+                f"norm_clamp at step {view.step}: a weight norm of {norm:g} cannot be scaled; the weights are left",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return factors
 
     def _held(self, view: View) -> TensorList:
         """The matrices that are scaled."""
@@ -139,16 +144,17 @@ class NormClamp(StepIntervention):
         held = [(name, matrix) for name, matrix in zip(*found, strict=True) if name in chosen]
         return TensorList([name for name, _ in held], [matrix for _, matrix in held])
 
-    def _target(self, names: Sequence[str], norms: Tensor) -> Tensor | float:
+    def _target(self, names: Sequence[str], norms: Tensor) -> Tensor:
+        """The norm that each matrix, or all of them together, shall have; float64 ``[1]`` or ``[matrices]``."""
         if isinstance(self.critical_norm, dict):
             wanted = [self.rho * self.critical_norm[name] for name in names]
-            return torch.tensor(wanted, dtype=torch.float64, device=norms.device)
-        target = self.rho * self.critical_norm
-        if self.scope != "layer":
-            return target
-        if self._targets is None:
-            self._targets = target * norms[:-1] / norms[-1]
-        return self._targets.to(norms.device)
+        elif self.scope != "layer":
+            wanted = [self.rho * self.critical_norm]
+        else:
+            if self._targets is None:
+                self._targets = self.rho * self.critical_norm * norms[:-1] / norms[-1]
+            return self._targets.to(norms.device)
+        return torch.tensor(wanted, dtype=torch.float64).to(norms.device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
         """What a clamp must know to go on: steps counted, whether it acted, the layers' targets."""
@@ -160,6 +166,15 @@ class NormClamp(StepIntervention):
         self._steps = int(state["steps"])
         self._is_done = bool(state["is_done"])
         self._targets = state["targets"]
+
+
+def _on_device(target: Tensor, before: Tensor, matrices: list[Tensor], _: View) -> Tensor:
+    """The same without reading anything on the host."""
+    factors = target / before
+    usable = torch.isfinite(factors) & (factors > 0)
+    scaling = torch.where(usable, factors, 1.0).unbind()
+    torch._foreach_mul_(matrices, list(scaling) if len(scaling) == len(matrices) else scaling[0])
+    return torch.where(usable, factors, torch.nan)
 
 
 def _check(ok: bool, message: str) -> None:
