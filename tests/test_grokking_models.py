@@ -96,7 +96,7 @@ def test_attention_model_equals_the_plain_formulas() -> None:
 
 
 def test_attention_model_with_layernorm_equals_the_plain_formulas() -> None:
-    """Normalised before the attention (queries, keys and values), the hidden layer and the output; never in the stream."""
+    """Normalised before the attention (queries, keys, values), the hidden layer and the output; never in the stream."""
     check_attention_model(layernorm=True)
 
 
