@@ -6,7 +6,7 @@ from normscope.grokking.clamp import NormClamp
 from normscope.grokking.config import ConfigurationError, GrokConfig
 from normscope.grokking.guided_decay import NormGuidedDecay
 from normscope.grokking.models import MLP, AttentionModel, Transformer, build_model, build_optimizer
-from normscope.grokking.observers import WeightNorm
+from normscope.grokking.observers import FourierConcentration, LogitScale, NormDistance, WeightNorm
 from normscope.grokking.parity import BitMLP, SparseParity
 from normscope.grokking.plot import plot_run
 from normscope.grokking.run_folder import RunFolder, RunFolderError
@@ -29,11 +29,14 @@ __all__ = [
     "BitMLP",
     "ConfigurationError",
     "Examples",
+    "FourierConcentration",
     "GrokConfig",
+    "LogitScale",
     "ModularAddition",
     "ModularMultiplication",
     "ModularSubtraction",
     "NormClamp",
+    "NormDistance",
     "NormGuidedDecay",
     "Progress",
     "Run",

@@ -20,7 +20,7 @@ class NormGuidedDecay(StepIntervention):
     """After an optimizer step, set the weight decay of the next one from the total norm of the weight matrices.
 
     decay = base * min(most, max(least, (norm / target)^gain)), for every parameter group with the decay it had at first
-    as its base; a group without decay keeps none. Above the target the decay is stronger than the base, so that the norm
+    as its base; a group without decay keeps none. Above the target the decay exceeds the base, so that the norm
     comes down sooner; below it is weaker.
 
     The norm on a CPU is that of the step just done. On another device it is the one of the time before, which has

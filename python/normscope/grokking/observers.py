@@ -1,13 +1,21 @@
-"""The observer that grokking runs add: the total weight norm and its share in each matrix."""
+"""Observers of a grokking run: weight norm, distance to the critical norm, Fourier concentration, logit scale."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from normscope.observer import Observer, Reads, View
+from normscope.tensors import token_table
+
+_COLUMNS_AT_ONCE = 64
+_EXAMPLES_AT_ONCE = 4096
+_RECORDS_OF_RATE = 5
 
 
 class WeightNorm(Observer):
@@ -23,3 +31,189 @@ class WeightNorm(Observer):
     def observe(self, view: View) -> Mapping[str, float | Tensor]:
         norms = {name: norm for name, norm in view.weight_norms.items() if view.parameters[name].ndim > 1}
         return {"total": torch.linalg.vector_norm(torch.stack(list(norms.values()))), **norms}
+
+
+class NormDistance(Observer):
+    """How far the total weight norm still is above the critical norm that free runs grok at.
+
+    Keys: ``norm_distance/ratio``, norm over W_c, and ``norm_distance/steps_left``, the steps after which the norm would
+    be W_c at the rate of the last five records (least squares line through them); NaN while it is at W_c or below, or
+    not falling. W_c is where the free relaxation arrives, not a gate: a run may grok above it or stay below it.
+
+    Args:
+        critical_norm: W_c.
+        every, start, stop: the schedule, see :class:`normscope.observer.Scheduled`.
+
+    Raises:
+        ValueError: ``critical_norm`` is not above 0.
+
+    Example:
+        >>> import normscope as ns
+        >>> layer = nn.Linear(1, 1)
+        >>> monitor = ns.Monitor(layer, [NormDistance(2.0)], loop="step")
+        >>> for step, weight in enumerate((4.0, 3.5, 3.0)):
+        ...     layer.weight = nn.Parameter(torch.tensor([[weight]]))
+        ...     record = monitor.post_step(10 * step)
+        >>> record["norm_distance/ratio"], record["norm_distance/steps_left"]
+        (1.5, 20.0)
+    """
+
+    name = "norm_distance"
+    reads = Reads(weights=True)
+
+    def __init__(
+        self,
+        critical_norm: float,
+        *,
+        every: int | Callable[[int], bool] = 1,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> None:
+        super().__init__(every=every, start=start, stop=stop)
+        if not 0 < critical_norm < math.inf:
+            raise ValueError(f"the critical norm must be above 0 and finite, not {critical_norm!r}")
+        self.critical_norm = critical_norm
+        self._last: deque[tuple[int, Tensor]] = deque(maxlen=_RECORDS_OF_RATE)
+
+    def observe(self, view: View) -> Mapping[str, float | Tensor]:
+        norms = [norm for name, norm in view.weight_norms.items() if view.parameters[name].ndim > 1]
+        total = torch.linalg.vector_norm(torch.stack(norms))
+        if self._last and self._last[-1][0] >= view.step:
+            self._last.clear()  # another run, or one that was resumed
+        self._last.append((view.step, total))
+        left = steps_left([step for step, _ in self._last], torch.stack([n for _, n in self._last]), self.critical_norm)
+        return {"ratio": total / self.critical_norm, "steps_left": left}
+
+
+def steps_left(steps: Sequence[int], norms: Tensor, critical_norm: float) -> Tensor:
+    """Steps from the last one until a line through the norms (float64 ``[steps]``) is at ``critical_norm``, or NaN."""
+    if len(steps) < 2:
+        return torch.full_like(norms[-1], torch.nan)
+    at = torch.tensor(steps, dtype=torch.float64).to(norms.device, non_blocking=True)
+    at = at - at.mean()
+    rate = (at * (norms - norms.mean())).sum() / at.square().sum()
+    left = (norms[-1] - critical_norm) / -rate
+    return torch.where((rate < 0) & (norms[-1] > critical_norm), left, torch.nan)
+
+
+class FourierConcentration(Observer):
+    """How few frequencies over the tokens an embedding is made of: ``fourier_concentration/gini``.
+
+    The power of frequency k is P_k = sum over the columns c of abs(sum_t E[t, c] exp(-2 pi i k t / V))^2; the value is
+    the Gini coefficient of P_1, ..., P_floor(V/2), so the mean over the tokens does not count: 0 for equal powers, up
+    to 1 - 1 / floor(V/2) for a single frequency. NaN where there is no such power, and for NaN or inf in the embedding.
+    It means something where token t stands for the number t.
+
+    Args:
+        embedding: the embedding module, or a name or pattern of it; by default the only one of the model.
+        every, start, stop: the schedule, see :class:`normscope.observer.Scheduled`.
+
+    Raises:
+        AmbiguousEmbeddingError: when it fires, none or several embeddings fit.
+
+    Example:
+        >>> import normscope as ns
+        >>> table = nn.Embedding(8, 1)
+        >>> wave = torch.cos(torch.arange(8) * 2 * torch.pi * 2 / 8)
+        >>> table.weight = nn.Parameter(wave[:, None])
+        >>> round(ns.Monitor(table, [FourierConcentration()]).post_epoch(0)["fourier_concentration/gini"], 6)
+        0.75
+    """
+
+    name = "fourier_concentration"
+
+    def __init__(
+        self,
+        embedding: str | nn.Module | None = None,
+        *,
+        every: int | Callable[[int], bool] = 1,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> None:
+        super().__init__(every=every, start=start, stop=stop)
+        self.embedding = embedding
+
+    def observe(self, view: View) -> Mapping[str, float | Tensor]:
+        name = token_table(view.model, self.embedding, view.parameters.keys())
+        return {"gini": gini(frequency_power(view.parameters[name].detach()))}
+
+
+def frequency_power(table: Tensor) -> Tensor:
+    """Power of the frequencies 1 .. floor(tokens / 2) over the tokens, summed over the columns; float64."""
+    power = torch.zeros(len(table) // 2, dtype=torch.float64, device=table.device)
+    for columns in torch.split(table, _COLUMNS_AT_ONCE, dim=1):
+        power += torch.fft.rfft(columns.double(), dim=0)[1:].abs().square().sum(dim=1)
+    return power
+
+
+def gini(values: Tensor) -> Tensor:
+    """sum_i (2i - n - 1) x_(i) / (n sum x) of n values of at least 0, x_(1) <= ... <= x_(n); NaN for none or zeros."""
+    ordered = values.sort().values
+    count = len(ordered)
+    weights = 2 * torch.arange(count, dtype=torch.float64, device=values.device) - (count - 1)
+    return (weights * ordered).sum() / (count * ordered.sum())
+
+
+class LogitScale(Observer):
+    """How large a model's logits are: ``logit_scale/rms``.
+
+    The root mean square of the centred logits, z_c - mean over the classes of z, over all examples and classes. The
+    forward passes run in evaluation mode without gradients; modes, random numbers and gradients are afterwards as they
+    were.
+
+    Args:
+        inputs: what the model is called with, examples in the first dimension: a tensor, or several for several
+            arguments. Of the training set, for the value that the literature on grokking speaks of.
+        forward: how to get logits (float ``[examples, ..., classes]``) from the model and a part of each input; by
+            default ``model(*inputs)``.
+        examples_at_once: most examples of one forward pass.
+        every, start, stop: the schedule, see :class:`normscope.observer.Scheduled`.
+
+    Example:
+        >>> import normscope as ns
+        >>> model = nn.Linear(2, 2, bias=False)
+        >>> model.weight = nn.Parameter(torch.tensor([[3.0, 0.0], [1.0, 4.0]]))
+        >>> record = ns.Monitor(model, [LogitScale(torch.tensor([[1.0, 0.0]]))]).post_epoch(0)
+        >>> record["logit_scale/rms"]
+        1.0
+    """
+
+    name = "logit_scale"
+
+    def __init__(
+        self,
+        inputs: Tensor | Sequence[Tensor],
+        forward: Callable[..., Tensor] | None = None,
+        *,
+        examples_at_once: int = _EXAMPLES_AT_ONCE,
+        every: int | Callable[[int], bool] = 1,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> None:
+        super().__init__(every=every, start=start, stop=stop)
+        self.inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        if not self.inputs or not len(self.inputs[0]) or examples_at_once < 1:
+            raise ValueError("the logit scale needs at least one example, and one at once")
+        self.forward = forward or (lambda model, *parts: model(*parts))
+        self.examples_at_once = examples_at_once
+
+    def observe(self, view: View) -> Mapping[str, float | Tensor]:
+        modes = {module: module.training for module in view.model.modules()}
+        total: Any = 0.0
+        count = 0
+        try:
+            view.model.eval()
+            with torch.no_grad(), torch.random.fork_rng(_devices(view)):
+                for parts in zip(*(torch.split(each, self.examples_at_once) for each in self.inputs), strict=True):
+                    logits = self.forward(view.model, *parts).double()
+                    total = total + (logits - logits.mean(dim=-1, keepdim=True)).square().sum()
+                    count += logits.numel()
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return {"rms": (total / count).sqrt()}
+
+
+def _devices(view: View) -> list[torch.device]:
+    """Devices with random numbers of their own that a forward pass may draw from."""
+    return list({parameter.device for parameter in view.parameters.values() if parameter.device.type == "cuda"})
