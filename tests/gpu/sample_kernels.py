@@ -1,56 +1,56 @@
 """Small kernels, right and wrong ones, that the tests of the tools run."""
 
-from __future__ import annotations
+# mypy: allow-untyped-defs, allow-untyped-calls
 
-from typing import Any
+from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def doubled(x: Any, out: Any, n: Any, BLOCK: tl.constexpr) -> None:
+def doubled(x, out, n, BLOCK: tl.constexpr):
     """out = 2 x, every access masked."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + i, tl.load(x + i, mask=i < n) * 2, mask=i < n)
 
 
 @triton.jit
-def load_past_the_end(x: Any, out: Any, n: Any, BLOCK: tl.constexpr) -> None:
+def load_past_the_end(x, out, n, BLOCK: tl.constexpr):
     """Wrong: the load has no mask."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + i, tl.load(x + i) * 2, mask=i < n)
 
 
 @triton.jit
-def store_past_the_end(x: Any, out: Any, n: Any, BLOCK: tl.constexpr) -> None:
+def store_past_the_end(x, out, n, BLOCK: tl.constexpr):
     """Wrong: the store has no mask."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + i, tl.load(x + i, mask=i < n) * 2)
 
 
 @triton.jit
-def racing_sum(x: Any, out: Any, n: Any, BLOCK: tl.constexpr) -> None:
+def racing_sum(x, out, n, BLOCK: tl.constexpr):
     """Wrong: programs read, add and store the same element."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out, tl.load(out) + tl.sum(tl.load(x + i, mask=i < n, other=0.0)))
 
 
 @triton.jit
-def atomic_sum(x: Any, out: Any, n: Any, BLOCK: tl.constexpr) -> None:
+def atomic_sum(x, out, n, BLOCK: tl.constexpr):
     """No race, but the order of programs changes the last bits."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.atomic_add(out, tl.sum(tl.load(x + i, mask=i < n, other=0.0)))
 
 
 @triton.jit
-def last_program(out: Any) -> None:
+def last_program(out):
     """Which program ran last: an exchange without a race, whose result is the order of programs."""
     tl.atomic_xchg(out, tl.program_id(0))
 
 
 @triton.jit
-def partial_sums(x: Any, out: Any, n: Any, CHUNK: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def partial_sums(x, out, n, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """float64 sums of chunks: full blocks without a mask, one masked tail, one place for each program."""
     start = tl.program_id(0) * CHUNK
     length = tl.minimum(n - start, CHUNK)
@@ -65,7 +65,7 @@ def partial_sums(x: Any, out: Any, n: Any, CHUNK: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def masked_partial_sums(x: Any, out: Any, n: Any, CHUNK: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def masked_partial_sums(x, out, n, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """The same sums, slow: a mask in the main loop takes the wide loads away."""
     start = tl.program_id(0) * CHUNK
     total = tl.zeros([BLOCK], tl.float64)
@@ -76,7 +76,7 @@ def masked_partial_sums(x: Any, out: Any, n: Any, CHUNK: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def sums_of_table(addresses: Any, lengths: Any, out: Any, DTYPE: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def sums_of_table(addresses, lengths, out, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """float64 sums of tensors that are known by address; one program each."""
     t = tl.program_id(0)
     x = tl.multiple_of(tl.load(addresses + t), 16).to(tl.pointer_type(DTYPE))
@@ -92,7 +92,7 @@ def sums_of_table(addresses: Any, lengths: Any, out: Any, DTYPE: tl.constexpr, B
 
 
 @triton.jit
-def sorted_row(x: Any, out: Any, n: Any, BLOCK: tl.constexpr) -> None:
+def sorted_row(x, out, n, BLOCK: tl.constexpr):
     """Sorted float64 values, padded with inf."""
     i = tl.arange(0, BLOCK)
     values = tl.load(x + i, mask=i < n, other=float("inf"))
@@ -100,13 +100,13 @@ def sorted_row(x: Any, out: Any, n: Any, BLOCK: tl.constexpr) -> None:
 
 
 @triton.jit
-def _larger_of_pairs(value_a: Any, index_a: Any, value_b: Any, index_b: Any) -> Any:
+def _larger_of_pairs(value_a, index_a, value_b, index_b):
     take = value_b > value_a
     return tl.where(take, value_b, value_a), tl.where(take, index_b, index_a)
 
 
 @triton.jit
-def running_maximum(x: Any, values: Any, indices: Any, n: Any, BLOCK: tl.constexpr) -> None:
+def running_maximum(x, values, indices, n, BLOCK: tl.constexpr):
     """The largest value so far and where it first stands: an associative scan of pairs."""
     i = tl.arange(0, BLOCK)
     v, k = tl.associative_scan((tl.load(x + i, mask=i < n, other=0.0), i), 0, _larger_of_pairs)
@@ -115,7 +115,7 @@ def running_maximum(x: Any, values: Any, indices: Any, n: Any, BLOCK: tl.constex
 
 
 @triton.jit
-def arithmetic(x: Any, y: Any, z: Any, out: Any, n: Any, BLOCK: tl.constexpr) -> None:
+def arithmetic(x, y, z, out, n, BLOCK: tl.constexpr):
     """Eight float64 results for each element, one row each."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     a, b, c = tl.load(x + i, mask=i < n), tl.load(y + i, mask=i < n), tl.load(z + i, mask=i < n)
@@ -130,14 +130,14 @@ def arithmetic(x: Any, y: Any, z: Any, out: Any, n: Any, BLOCK: tl.constexpr) ->
 
 
 @triton.jit
-def converted(x: Any, out: Any, n: Any, DTYPE: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def converted(x, out, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """Values as another dtype, rounded once."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + i, tl.load(x + i, mask=i < n).to(DTYPE), mask=i < n)
 
 
 @triton.jit
-def spilling(x: Any, out: Any, ROWS: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def spilling(x, out, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Wrong: holds more values than a thread has registers, as every row is used before and after the sum."""
     rows = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     values = tl.load(x + rows)
