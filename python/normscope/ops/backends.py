@@ -32,7 +32,11 @@ class BackendInfo(NamedTuple):
 
 
 # Preferred first, for the tensors that each can read.
-_MODULES = {"cpu": "normscope.ops.cpu", "reference": "normscope.ops.reference"}
+_MODULES = {
+    "triton": "normscope.ops.triton_backend",
+    "cpu": "normscope.ops.cpu",
+    "reference": "normscope.ops.reference",
+}
 _chosen: ContextVar[str | None] = ContextVar("normscope_backend", default=os.environ.get("NORMSCOPE_BACKEND") or None)
 
 
@@ -42,7 +46,8 @@ def _load(name: str) -> tuple[Backend | None, str]:
         module = importlib.import_module(_MODULES[name])
     except ImportError as error:
         return None, f"cannot be imported: {error}"
-    return cast(Backend, module), module.describe()
+    reason = module.unavailable() if hasattr(module, "unavailable") else None
+    return (cast(Backend, module), module.describe()) if reason is None else (None, reason)
 
 
 def backends() -> list[BackendInfo]:
@@ -102,9 +107,19 @@ def of(tensors: Sequence[Tensor]) -> Backend:
     name = chosen()
     if name is not None:
         return _named(name)
-    compiled, _ = _load("cpu")
     # Looking at every tensor's device costs as much as the pass over a small model, so it is done only where a device
     # other than the CPU exists.
-    if compiled is not None and not (_accelerator_present() and any(not tensor.is_cpu for tensor in tensors)):
-        return compiled
-    return _named("reference")
+    if not _accelerator_present() or all(tensor.is_cpu for tensor in tensors):
+        return _load("cpu")[0] or _named("reference")
+    on_device, _ = _load("triton") if all(tensor.is_cuda for tensor in tensors) else (None, "")
+    return on_device or _named("reference")
+
+
+def split_by_device(tensors: Sequence[Tensor]) -> list[list[int]] | None:
+    """Indices of the tensors of each device, where they lie on several and no backend was chosen; else None."""
+    if chosen() is not None or not _accelerator_present():
+        return None
+    by_device: dict[torch.device, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        by_device.setdefault(tensor.device, []).append(index)
+    return list(by_device.values()) if len(by_device) > 1 else None

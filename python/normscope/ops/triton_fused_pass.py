@@ -1,0 +1,255 @@
+"""The fused pass in Triton: sums of chunks, sums of rows of token tables, and one merge for all, in a fixed order.
+
+Every element is converted to float64 and summed there. Squares of float16, bfloat16 and float32 values are exact in
+float64 and cannot leave its range; products of float64 values can, and are then kept in columns of their own
+(:data:`normscope.stats.RANGE_SHIFT`). No two programs write to one place and nothing is added atomically, so the bits
+repeat.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from normscope.stats import COLUMN_INDEX, RANGE_SHIFT
+
+#: Columns of a row of parts: those of ``normscope.stats``, padded to a power of two.
+PADDED: tl.constexpr = tl.constexpr(16)
+
+_SQUARES: tl.constexpr = tl.constexpr(COLUMN_INDEX["sum_squares"])
+_SUM_ABS: tl.constexpr = tl.constexpr(COLUMN_INDEX["sum_abs"])
+_MAX_ABS: tl.constexpr = tl.constexpr(COLUMN_INDEX["max_abs"])
+_NONFINITE: tl.constexpr = tl.constexpr(COLUMN_INDEX["nonfinite"])
+_DOT: tl.constexpr = tl.constexpr(COLUMN_INDEX["dot"])
+_WEIGHT_SQUARES: tl.constexpr = tl.constexpr(COLUMN_INDEX["weight_squares"])
+_COUNT: tl.constexpr = tl.constexpr(COLUMN_INDEX["count"])
+
+# Products beyond 2^900 and below 2^-900 are scaled, half of the shift on each factor.
+_BEYOND: tl.constexpr = tl.constexpr(2.0**900)
+_BELOW: tl.constexpr = tl.constexpr(2.0**-900)
+_DOWN: tl.constexpr = tl.constexpr(2.0 ** -(RANGE_SHIFT // 2))
+_UP: tl.constexpr = tl.constexpr(2.0 ** (RANGE_SHIFT // 2))
+
+
+@triton.jit
+def _add_products(sums, x, y, WIDE: tl.constexpr):
+    """Add x * y, float64, to the sums in, above and below float64's range; ``WIDE``: the factors can leave it."""
+    middle, large, small = sums
+    product = x * y
+    if WIDE:
+        size = tl.abs(product)
+        beyond = size > _BEYOND
+        below = size < _BELOW
+        large += tl.where(beyond, (x * _DOWN) * (y * _DOWN), 0.0)
+        small += tl.where(below, (x * _UP) * (y * _UP), 0.0)
+        product = tl.where(beyond | below, 0.0, product)
+    return middle + product, large, small
+
+
+@triton.jit
+def _add_sizes(sizes, x):
+    """Add to the sum of abs(x), its maximum and the number of NaN and inf; x has the narrowest type that holds it."""
+    total, largest, nonfinite = sizes
+    size = tl.abs(x)
+    # A comparison with NaN is false, and the maximum passes over NaN: the sum of abs(x) remembers one.
+    return total + size.to(tl.float64), tl.maximum(largest, size), nonfinite + tl.where(size < float("inf"), 0, 1)
+
+
+@triton.jit
+def _exact(x):
+    """The values in a type that computes with them without rounding: float32, or float64."""
+    return x if x.dtype == tl.float64 else x.to(tl.float32)
+
+
+@triton.jit
+def _add(squares, sizes, dots, weight_squares, gradient, weight, HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr):
+    """Add one block of elements to every sum."""
+    x = _exact(gradient)
+    sizes = _add_sizes(sizes, x)
+    x = x.to(tl.float64)
+    squares = _add_products(squares, x, x, WIDE)
+    if HAS_WEIGHT:
+        w = _exact(weight).to(tl.float64)
+        dots = _add_products(dots, x, w, WIDE)
+        weight_squares = _add_products(weight_squares, w, w, WIDE)
+    return squares, sizes, dots, weight_squares
+
+
+@triton.jit
+def _store_products(row, column: tl.constexpr, sums):
+    middle, large, small = sums
+    tl.store(row + column, tl.sum(middle))
+    tl.store(row + column + 1, tl.sum(large))
+    tl.store(row + column + 2, tl.sum(small))
+
+
+@triton.jit
+def _store_part(row, squares, sizes, dots, weight_squares, count):
+    """Write one row of parts; every column is written, so that nothing needs to be cleared before."""
+    total, largest, nonfinite = sizes
+    total = tl.sum(total)
+    _store_products(row, _SQUARES, squares)
+    tl.store(row + _SUM_ABS, total)
+    tl.store(row + _MAX_ABS, tl.where(total != total, total, tl.max(largest).to(tl.float64)))
+    tl.store(row + _NONFINITE, tl.sum(nonfinite).to(tl.float64))
+    _store_products(row, _DOT, dots)
+    _store_products(row, _WEIGHT_SQUARES, weight_squares)
+    tl.store(row + _COUNT, count.to(tl.float64))
+
+
+@triton.jit
+def _zeros(SHAPE: tl.constexpr):
+    """Three sums of products that are zero."""
+    zero = tl.zeros(SHAPE, tl.float64)
+    return zero, zero, zero
+
+
+@triton.jit
+def _no_sizes(SHAPE: tl.constexpr, GRADIENT: tl.constexpr):
+    largest = tl.zeros(SHAPE, tl.float64 if GRADIENT == tl.float64 else tl.float32)
+    return tl.zeros(SHAPE, tl.float64), largest, tl.zeros(SHAPE, tl.int32)
+
+
+@triton.jit
+def _address(table, slot, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(table + slot).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit(do_not_specialize=["begin"])
+def chunk_pass(
+    gradients,  # *i64 [slots], addresses of contiguous memory
+    weights,  # *i64 [slots], beside them
+    elements,  # *i64 [slots]
+    chunk_sizes,  # *i64 [slots], multiples of LANES * UNROLL
+    firsts,  # *i64 [slots], first part of each
+    slot_of_chunk,  # *i64 [chunks]
+    parts,  # *f64 [parts, PADDED], written
+    begin,  # first chunk of this launch
+    GRADIENT: tl.constexpr,  # element types
+    WEIGHT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    ALIGNED: tl.constexpr,  # every address is a multiple of 16
+    LANES: tl.constexpr,  # elements of one load of all threads
+    UNROLL: tl.constexpr,  # loads under way at once
+):
+    """One chunk a program: full blocks without masks, which makes their loads 16 bytes wide, then the rest."""
+    WIDE: tl.constexpr = GRADIENT == tl.float64 or (HAS_WEIGHT and WEIGHT == tl.float64)
+    part = begin + tl.program_id(0)
+    slot = tl.load(slot_of_chunk + part)
+    chunk = tl.load(chunk_sizes + slot)
+    start = tl.multiple_of((part - tl.load(firsts + slot)) * chunk, 1024)
+    length = tl.minimum(tl.load(elements + slot) - start, chunk).to(tl.int32)
+    g = _address(gradients, slot, GRADIENT, ALIGNED) + start
+    w = g
+    if HAS_WEIGHT:
+        w = _address(weights, slot, WEIGHT, ALIGNED) + start
+    lane = tl.arange(0, LANES)
+    squares = _zeros([LANES])
+    sizes = _no_sizes([LANES], GRADIENT)
+    dots = _zeros([LANES])
+    weight_squares = _zeros([LANES])
+    whole = length // (LANES * UNROLL) * (LANES * UNROLL)
+    for block in range(0, whole, LANES * UNROLL):
+        for step in tl.static_range(UNROLL):
+            at = block + step * LANES + lane
+            x = tl.load(g + at)
+            y = x
+            if HAS_WEIGHT:
+                y = tl.load(w + at)
+            squares, sizes, dots, weight_squares = _add(
+                squares, sizes, dots, weight_squares, x, y, HAS_WEIGHT, WIDE
+            )
+    for block in range(whole, length, LANES):
+        at = block + lane
+        inside = at < length
+        x = tl.load(g + at, mask=inside, other=0.0)
+        y = x
+        if HAS_WEIGHT:
+            y = tl.load(w + at, mask=inside, other=0.0)
+        squares, sizes, dots, weight_squares = _add(squares, sizes, dots, weight_squares, x, y, HAS_WEIGHT, WIDE)
+    _store_part(parts + part * PADDED, squares, sizes, dots, weight_squares, length)
+
+
+@triton.jit(do_not_specialize=["first_part", "rows"])
+def table_pass(
+    gradient,  # [rows, width], contiguous
+    weight,  # [rows, width], contiguous, beside it
+    parts,  # *f64 [parts, PADDED], one written a program
+    energies,  # *f64 [rows], or [3, rows] in, above and below float64's range: written
+    first_part,
+    rows,
+    width,
+    HAS_WEIGHT: tl.constexpr,
+    EVEN: tl.constexpr,  # width is a multiple of COLUMNS
+    ROWS: tl.constexpr,  # rows and columns of a tile
+    COLUMNS: tl.constexpr,
+    GROUPS: tl.constexpr,  # groups of ROWS rows a program
+):
+    """Sums of a token table and of each of its rows; a program takes GROUPS * ROWS rows."""
+    WIDE: tl.constexpr = gradient.dtype.element_ty == tl.float64 or (
+        HAS_WEIGHT and weight.dtype.element_ty == tl.float64
+    )
+    WIDE_ROWS: tl.constexpr = gradient.dtype.element_ty == tl.float64
+    program = tl.program_id(0)
+    first_row = program.to(tl.int64) * (GROUPS * ROWS)
+    groups = tl.minimum(tl.cdiv(rows - first_row, ROWS), GROUPS).to(tl.int32)
+    column = tl.arange(0, COLUMNS)
+    total = _zeros([ROWS])
+    sizes = _no_sizes([ROWS, COLUMNS], gradient.dtype.element_ty)
+    dots = _zeros([ROWS, COLUMNS])
+    weight_squares = _zeros([ROWS, COLUMNS])
+    for group in range(0, groups):
+        row = first_row + group * ROWS + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None]
+        start = row[:, None] * width
+        squares = _zeros([ROWS, COLUMNS])
+        for block in range(0, width, COLUMNS):
+            at = start + (block + column)[None, :]
+            mask = inside if EVEN else inside & (block + column < width)[None, :]
+            x = tl.load(gradient + at, mask=mask, other=0.0)
+            y = x
+            if HAS_WEIGHT:
+                y = tl.load(weight + at, mask=mask, other=0.0)
+            squares, sizes, dots, weight_squares = _add(
+                squares, sizes, dots, weight_squares, x, y, HAS_WEIGHT, WIDE
+            )
+        middle, large, small = squares
+        middle, large, small = tl.sum(middle, axis=1), tl.sum(large, axis=1), tl.sum(small, axis=1)
+        tl.store(energies + row, middle, mask=row < rows)
+        if WIDE_ROWS:
+            tl.store(energies + rows + row, large, mask=row < rows)
+            tl.store(energies + 2 * rows.to(tl.int64) + row, small, mask=row < rows)
+        total = total[0] + middle, total[1] + large, total[2] + small
+    count = tl.minimum(rows - first_row, GROUPS * ROWS) * width
+    _store_part(parts + (first_part + program) * PADDED, total, sizes, dots, weight_squares, count)
+
+
+@triton.jit
+def merge_parts(
+    parts,  # *f64 [parts, STRIDE]
+    ranges,  # *i64 [rows, 2]
+    sums,  # *f64 [rows, COLUMNS], written
+    STRIDE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,  # parts added at once
+):
+    """Row r of the sums merges the parts of its range, in order; a row without parts is zero."""
+    row = tl.program_id(0)
+    begin = tl.load(ranges + 2 * row)
+    end = tl.load(ranges + 2 * row + 1)
+    step = tl.arange(0, BLOCK)
+    column = tl.arange(0, PADDED)
+    added = tl.zeros([BLOCK, PADDED], tl.float64)
+    largest = tl.zeros([BLOCK], tl.float64)
+    for block in range(begin, end, BLOCK):
+        part = block + step
+        inside = part < end
+        mask = inside[:, None] & (column < COLUMNS)[None, :]
+        added += tl.load(parts + part[:, None] * STRIDE + column[None, :], mask=mask, other=0.0)
+        largest = tl.maximum(largest, tl.load(parts + part * STRIDE + _MAX_ABS, mask=inside, other=0.0))
+    total = tl.sum(added, axis=0)
+    # The maximum passes over NaN, the sum of the maxima does not.
+    is_max = column == _MAX_ABS
+    total = tl.where(is_max & (total == total), tl.max(largest), total)
+    tl.store(sums + row * COLUMNS + column, total, mask=column < COLUMNS)

@@ -1,0 +1,246 @@
+"""Launching the kernels of the fused pass: which settings they get, and how they learn where the tensors are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from normscope.ops import triton_fused_pass as kernels
+from normscope.ops.triton_plan import WIDEST_LOAD, Kind, Plan, Run, chunk_of, make_plan, packed
+from normscope.stats import COLUMNS
+
+TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+WARPS = 4
+THREADS = 32 * WARPS
+#: Part rows that the merging kernel adds at once, and its warps.
+MERGED_AT_ONCE, MERGING_WARPS = 256, 8
+#: Up to so many parts, one program may merge them all beside those that merge each tensor's.
+_MERGED_BY_ONE = 4_096
+
+#: The default differs between versions of Triton; sums of products are fused in all of them.
+FUSED: dict[str, Any] = {"enable_fp_fusion": True}
+
+
+def lanes_of(dtype: torch.dtype) -> int:
+    """Elements that all threads of a program load at once, 16 bytes each."""
+    return THREADS * WIDEST_LOAD // dtype.itemsize
+
+
+def unroll_of(kind: Kind) -> int:
+    """Loads that a thread has under way at once, of each tensor."""
+    return 4 if kind.weight is None else 2
+
+
+class Tile(NamedTuple):
+    """How a program of ``table_pass`` walks over its rows."""
+
+    rows: int
+    columns: int
+    groups: int
+    even: bool
+
+    @property
+    def rows_of_program(self) -> int:
+        return self.rows * self.groups
+
+
+def tile_of(rows: int, width: int, dtype: torch.dtype, has_weight: bool = False) -> Tile:
+    """The tile for a table: as many columns as divide its width, so that no load in it needs a mask."""
+    elements = lanes_of(dtype) * (1 if has_weight else 2)
+    divisor = width & -width  # the largest power of two that divides it
+    even = divisor >= 64 or divisor == width
+    columns = min(divisor if even else triton.next_power_of_2(width), 512, elements)
+    tile_rows = elements // columns
+    groups = max(1, min(chunk_of(rows * width) // (tile_rows * width), -(-rows // tile_rows)))
+    return Tile(tile_rows, columns, groups, even)
+
+
+def guard(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels are launched on PyTorch's current device; this makes it the one of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the device's current stream is being captured into a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+# A graph that was captured copies from these whenever it is replayed.
+_captured: list[Tensor] = []
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device, without waiting for it."""
+    if device.type == "cpu":
+        return values
+    pinned = values.pin_memory()
+    if is_capturing(device):
+        _captured.append(pinned)
+    return pinned.to(device, non_blocking=True)
+
+
+class _Tables(NamedTuple):
+    """A plan, and its tables on the device."""
+
+    plan: Plan
+    elements: Tensor
+    chunk: Tensor
+    first: Tensor
+    slot_of_chunk: Tensor
+    ranges: Tensor
+
+
+@contextmanager
+def _uncached_while_capturing(device: torch.device, *caches: Any) -> Iterator[None]:
+    """What is made while a graph is captured holds its values only once the graph runs: nobody else may find it."""
+    yield
+    if is_capturing(device):
+        for cache in caches:
+            cache.cache_clear()
+
+
+@lru_cache(maxsize=16)
+def _tables(
+    kinds: tuple[tuple[int, Kind, int], ...],
+    tables: tuple[tuple[int, int], ...],
+    rows: int,
+    device: torch.device,
+    stream: int,
+) -> _Tables:
+    """The tables for lists of these kinds and sizes, uploaded on that stream; kept, as few lists differ."""
+    plan = make_plan(kinds, tables, rows)
+    sections = (plan.elements, plan.chunk, plan.first, plan.slot_of_chunk, plan.ranges)
+    whole, starts = packed(*sections)
+    there = upload(whole, device)
+    return _Tables(
+        plan, *(there[start : start + part.numel()] for start, part in zip(starts, sections, strict=True))
+    )
+
+
+@lru_cache(maxsize=16)
+def _addresses(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """Addresses in a table on the device; while tensors stay where they are, nothing is uploaded again."""
+    return upload(torch.tensor(values, dtype=torch.int64), device)
+
+
+class TokenTable(NamedTuple):
+    """A contiguous ``[rows, width]`` gradient whose rows are tokens; ``row`` is its place in the result."""
+
+    row: int
+    gradient: Tensor
+    weight: Tensor | None
+
+
+def launch_pass(
+    runs: Sequence[Run], tables: Sequence[TokenTable], rows: int, device: torch.device
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The fused pass over runs and token tables, all with at least one element.
+
+    Returns:
+        The sums, float64 ``[rows + 1, columns]``, rows without a tensor zero and the last merging all; and for each
+        table its row energies, float64 ``[1 or 3, rows]``: in, above and below float64's range.
+    """
+    tiles = [tile_of(*t.gradient.shape, t.gradient.dtype, t.weight is not None) for t in tables]
+    programs = [-(-len(t.gradient) // tile.rows_of_program) for t, tile in zip(tables, tiles, strict=True)]
+    with guard(device), _uncached_while_capturing(device, _tables, _addresses):
+        stream = _stream(device)
+        there = _tables(
+            tuple((run.row, run.kind, run.gradient.numel()) for run in runs),
+            tuple((table.row, count) for table, count in zip(tables, programs, strict=True)),
+            rows,
+            device,
+            stream,
+        )
+        plan = there.plan
+        parts = torch.empty((max(plan.parts, 1), kernels.PADDED.value), dtype=torch.float64, device=device)
+        _run_chunks(there, [runs[index] for index in plan.order], parts, device, stream)
+        energies, part = {}, plan.parts - sum(programs)
+        for table, tile, count in zip(tables, tiles, programs, strict=True):
+            energies[table.row] = _run_table(table, tile, count, parts, part)
+            part += count
+        sums = torch.empty((rows + 1, len(COLUMNS)), dtype=torch.float64, device=device)
+        _merge(there, parts, sums, rows)
+    return sums, energies
+
+
+def _run_chunks(there: _Tables, runs: Sequence[Run], parts: Tensor, device: torch.device, stream: int) -> None:
+    if not runs:
+        return
+    gradients = [run.gradient.data_ptr() for run in runs]
+    weights = [run.gradient.data_ptr() if run.weight is None else run.weight.data_ptr() for run in runs]
+    # Both halves start at a multiple of 16 bytes.
+    padding = [0] * (len(runs) % 2)
+    addresses = _addresses((*gradients, *padding, *weights), device, stream)
+    half = len(runs) + len(padding)
+    for launch in there.plan.launches:
+        kind = launch.kind
+        kernels.chunk_pass[(launch.chunks,)](
+            addresses[: len(runs)],
+            addresses[half:],
+            there.elements,
+            there.chunk,
+            there.first,
+            there.slot_of_chunk,
+            parts,
+            launch.first,
+            GRADIENT=TYPES[kind.gradient],
+            WEIGHT=TYPES[kind.weight or kind.gradient],
+            HAS_WEIGHT=kind.weight is not None,
+            ALIGNED=kind.aligned,
+            LANES=lanes_of(kind.gradient),
+            UNROLL=unroll_of(kind),
+            num_warps=WARPS,
+            **FUSED,
+        )
+
+
+def _run_table(table: TokenTable, tile: Tile, programs: int, parts: Tensor, first_part: int) -> Tensor:
+    gradient, weight = table.gradient, table.weight
+    rows, width = gradient.shape
+    wide = gradient.dtype is torch.float64
+    energies = torch.empty((3 if wide else 1, rows), dtype=torch.float64, device=gradient.device)
+    kernels.table_pass[(programs,)](
+        gradient,
+        gradient if weight is None else weight,
+        parts,
+        energies,
+        first_part,
+        rows,
+        width,
+        HAS_WEIGHT=weight is not None,
+        EVEN=tile.even,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        GROUPS=tile.groups,
+        num_warps=WARPS,
+        **FUSED,
+    )
+    return energies
+
+
+def _merge(there: _Tables, parts: Tensor, sums: Tensor, rows: int) -> None:
+    """One launch merges the parts of each tensor and all of them, unless those are too many for one program."""
+    settings = {"COLUMNS": len(COLUMNS), "BLOCK": MERGED_AT_ONCE, "num_warps": MERGING_WARPS, **FUSED}
+    stride = kernels.PADDED.value
+    if there.plan.parts <= _MERGED_BY_ONE:
+        kernels.merge_parts[(rows + 1,)](parts, there.ranges, sums, STRIDE=stride, **settings)
+        return
+    kernels.merge_parts[(rows,)](parts, there.ranges, sums, STRIDE=stride, **settings)
+    kernels.merge_parts[(1,)](sums, there.ranges[2 * (rows + 1) :], sums[rows:], STRIDE=len(COLUMNS), **settings)
