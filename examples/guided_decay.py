@@ -22,9 +22,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--budget", type=int, default=12_000)
-    parser.add_argument("--gain", type=float, default=4.0)
+    parser.add_argument("--gain", type=float, default=8.0)
     parser.add_argument("--most", type=float, default=10.0)
-    parser.add_argument("--rho", type=float, default=1.0, help="the target is rho * W_c")
+    parser.add_argument("--rho", type=float, default=0.85, help="the target is rho * W_c")
     options = parser.parse_args()
     ratios = []
     for seed in range(options.seeds):

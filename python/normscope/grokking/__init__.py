@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from normscope.grokking.clamp import NormClamp
 from normscope.grokking.config import ConfigurationError, GrokConfig
+from normscope.grokking.critical_norm import (
+    CriticalNorm,
+    CriticalNormError,
+    NormPowerLaw,
+    critical_norms,
+    fit_power_law,
+)
 from normscope.grokking.guided_decay import NormGuidedDecay
 from normscope.grokking.models import MLP, AttentionModel, Transformer, build_model, build_optimizer
 from normscope.grokking.observers import FourierConcentration, LogitScale, NormDistance, WeightNorm
@@ -21,13 +28,16 @@ from normscope.grokking.task import (
 )
 from normscope.grokking.trainer import Trainer
 from normscope.grokking.training import Progress, Run, Stop, train
-from normscope.grokking.transitions import Transitions, find_transitions
+from normscope.grokking.transitions import Crossing, Transitions, find_crossing, find_transitions
 
 __all__ = [
     "MLP",
     "AttentionModel",
     "BitMLP",
     "ConfigurationError",
+    "CriticalNorm",
+    "CriticalNormError",
+    "Crossing",
     "Examples",
     "FourierConcentration",
     "GrokConfig",
@@ -38,6 +48,7 @@ __all__ = [
     "NormClamp",
     "NormDistance",
     "NormGuidedDecay",
+    "NormPowerLaw",
     "Progress",
     "Run",
     "RunFolder",
@@ -54,7 +65,10 @@ __all__ = [
     "build_model",
     "build_optimizer",
     "build_task",
+    "critical_norms",
+    "find_crossing",
     "find_transitions",
+    "fit_power_law",
     "plot_run",
     "read_rows",
     "train",
