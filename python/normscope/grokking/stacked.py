@@ -121,9 +121,10 @@ class Stack:
             matrix.mul_(factors.to(matrix.dtype).view(-1, *(1,) * (matrix.ndim - 1)))
 
     def norms(self) -> Tensor:
-        """Each seed's total weight norm (float64, S): the root of the sum of squares of all matrices, as ``WeightNorm``."""
+        """Each seed's total weight norm (float64, S): the root of the sum of squares of all its matrices."""
         roots = fused_pass(self._matrix_views).roots("sum_squares")[:-1]
-        return torch.linalg.vector_norm(roots.view(len(self.seeds), -1), dim=1)
+        norms: Tensor = torch.linalg.vector_norm(roots.view(len(self.seeds), -1), dim=1)
+        return norms
 
     @torch.no_grad()
     def accuracy(self, side: Literal["train", "test"]) -> Tensor:
