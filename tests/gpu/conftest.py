@@ -7,8 +7,6 @@ import os
 import tempfile
 from pathlib import Path
 
-import pytest
-
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Before triton is imported: no compiled kernel of another run is used, and none is left behind.

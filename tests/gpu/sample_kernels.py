@@ -1,6 +1,6 @@
 """Small kernels, right and wrong ones, that the tests of the tools run."""
 
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def partial_sums(x, out, n, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     full = length // BLOCK
     total = tl.zeros([BLOCK], tl.float64)
     i = tl.arange(0, BLOCK)
-    for block in range(0, full):
+    for block in range(full):
         total += tl.load(x + start + block * BLOCK + i).to(tl.float64)
     rest = full * BLOCK + i
     total += tl.load(x + start + rest, mask=rest < length, other=0.0).to(tl.float64)
@@ -84,7 +84,7 @@ def sums_of_table(addresses, lengths, out, DTYPE: tl.constexpr, BLOCK: tl.conste
     total = tl.zeros([BLOCK], tl.float64)
     i = tl.arange(0, BLOCK)
     full = (n // BLOCK).to(tl.int32)
-    for block in range(0, full):
+    for block in range(full):
         total += tl.load(x + block * BLOCK + i).to(tl.float64)
     rest = full * BLOCK + i
     total += tl.load(x + rest, mask=rest < n, other=0.0).to(tl.float64)

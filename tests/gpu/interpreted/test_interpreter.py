@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
+
 from gpu import sample_kernels as kernels
-from gpu.tools.interpreter import assert_any_order, assert_no_races, checked
-from gpu.tools.memory_map import OutOfBoundsError, guarded
+from gpu.tools.interpreter import assert_no_races, checked
+from gpu.tools.memory_map import guarded
 
 
 def test_a_right_kernel_passes() -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from triton.runtime import interpreter as stock
 
 from gpu.tools import exact, fast_reductions
-from gpu.tools.memory_map import Addresses, MemoryMap, OutOfBoundsError
+from gpu.tools.memory_map import MemoryMap, OutOfBoundsError
 from gpu.tools.races import Access, Race, find_races
 
 #: What the interpreter had before ``install``.

@@ -16,7 +16,8 @@ missing barriers. Global addresses are the host's, and every access is checked a
 Not shown by it: speed, ptxas, the memory model, the accuracy of ``.approx`` instructions, tensor cores.
 """
 
+from gpu.tools.ptx.memory import Statistics
 from gpu.tools.ptx.parsing import Kernel, PTXError, parse
-from gpu.tools.ptx.schedule import Statistics, launch
+from gpu.tools.ptx.schedule import launch
 
 __all__ = ["Kernel", "PTXError", "Statistics", "launch", "parse"]

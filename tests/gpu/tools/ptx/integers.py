@@ -78,12 +78,14 @@ def _high_half(a: Array, b: Array) -> Array:
     bits = a.itemsize * 8
     if bits < 64:
         wide: Any = np.int64 if a.dtype.kind == "i" else np.uint64
-        return ((a.astype(wide) * b.astype(wide)) >> wide(bits)).astype(a.dtype)
+        product: Array = a.astype(wide) * b.astype(wide)
+        return (product >> wide(bits)).astype(a.dtype)
     low, half = np.uint64(0xFFFF_FFFF), np.uint64(32)
-    x, y = a.view(np.uint64), b.view(np.uint64)
+    x: Array = a.view(np.uint64)
+    y: Array = b.view(np.uint64)
     middle = (x >> half) * (y & low) + ((x & low) * (y & low) >> half)
     other = (x & low) * (y >> half) + (middle & low)
-    high = (x >> half) * (y >> half) + (middle >> half) + (other >> half)
+    high: Array = (x >> half) * (y >> half) + (middle >> half) + (other >> half)
     if a.dtype.kind == "i":  # two's complement: a negative factor counts 2^64 too much
         high = high - np.where(a < 0, y, np.uint64(0)) - np.where(b < 0, x, np.uint64(0))
     return high.view(a.dtype)
@@ -109,10 +111,7 @@ def funnel_shift(registers: Registers, instruction: Instruction, where: Array) -
     low, high, distance = (registers.get(operand, "u32").astype(np.uint64) for operand in operands[1:])
     distance = np.minimum(distance, 32) if "clamp" in instruction.parts else distance & np.uint64(31)
     both = high << np.uint64(32) | low
-    if "l" in instruction.parts:
-        result = (both << distance) >> np.uint64(32)
-    else:
-        result = both >> distance
+    result = both << distance >> np.uint64(32) if "l" in instruction.parts else both >> distance
     registers.put(operands[0], (result & np.uint64(0xFFFF_FFFF)).astype(np.uint32), where)
 
 
@@ -155,7 +154,7 @@ def count_bits(registers: Registers, instruction: Instruction, where: Array) -> 
     values = registers.get(operands[1], kind)
     bits, name = values.itemsize * 8, instruction.parts[0]
     if name == "popc":
-        result = np.bitwise_count(values).astype(np.uint32)
+        result: Array = np.bitwise_count(values).astype(np.uint32)
     elif name == "brev":
         result = np.zeros_like(values)
         for i in range(bits):

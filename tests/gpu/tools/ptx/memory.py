@@ -157,7 +157,7 @@ class Memory:
             if self._is_shared(instruction):
                 place = self.shared.atomic(address, int(thread), width, instruction.text).view(TYPES[kind])
             else:
-                place = np.frombuffer((ctypes.c_char * width).from_address(address), TYPES[kind])
+                place = np.frombuffer(memoryview((ctypes.c_char * width).from_address(address)), TYPES[kind])
             before[thread] = place[0]
             place[0] = operation(before[thread], *(value[thread] for value in values))
         self._registers.put(operands[0], before, where)
