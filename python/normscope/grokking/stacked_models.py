@@ -1,4 +1,4 @@
-"""Several models of one kind as one: parameters stacked along a leading dimension, and the gradients of all their losses.
+"""Several models of one kind as one: parameters stacked along a leading dimension, and the gradients of their losses.
 
 Each is the model of ``models.py`` or ``parity.py`` up to rounding. Sizes in comments: s models, n examples, p tokens.
 """
@@ -141,15 +141,14 @@ class StackedAttention:
 
     def logits(self, weights: Weights, inputs: Tensor) -> Tensor:
         position, embedding = weights["position"], weights["embedding.weight"]
-        models, tokens, width = embedding.shape
+        models, tokens, _ = embedding.shape
         end = position[:, 2:]
-        stream = torch.cat(
-            [embedding + position[:, :1], embedding + position[:, 1:2], end], dim=1
-        )  # s x 2 p + 1 x width
+        # s x 2 p + 1 x width: the tokens as a, the tokens as b, and "=".
+        stream = torch.cat([embedding + position[:, :1], embedding + position[:, 1:2], end], dim=1)
         read = _normalised(weights, "attention_norm", stream)
         query, keys, values = weights["attention.in_proj_weight"].chunk(3, dim=1)
-        query = torch.bmm(read[:, -1:], query.mT).unflatten(2, (self.heads, -1))  # s x 1 x heads x d_head
-        keys = torch.bmm(read, keys.mT).unflatten(2, (self.heads, -1))
+        query = torch.bmm(read[:, -1:], query.mT).view(models, 1, self.heads, -1)
+        keys = torch.bmm(read, keys.mT).view(models, 2 * tokens + 1, self.heads, -1)
         values = torch.bmm(read, values.mT)
         scores = (keys * query).sum(3) / math.sqrt(keys.shape[3])  # s x 2 p + 1 x heads
 
