@@ -71,8 +71,8 @@ class SweepGrid:
         model: names of ``GrokConfig.model`` that train on all examples at once.
         task: names of ``GrokConfig.task``.
         seeds: how many, from 0 on, or which ones.
-        budget: optimizer steps after which a run that has not grokked is censored. By default 30,000, and for a learning
-            rate below 1e-3 more in proportion.
+        budget: optimizer steps after which a run that has not grokked is censored. By default 30,000, and for a
+            learning rate below 1e-3 more in proportion.
         critical_norm: W_c; by default the median over the seeds of each condition's free control.
         clamp_from: ``"start"`` holds the norm after every step from the first one on, ``"memorised"`` from the first
             logged step with a training accuracy of at least 0.99, a number from that step on.
@@ -110,9 +110,7 @@ class SweepGrid:
         _check(isinstance(self.seeds, int) or len(set(self.seeds)) == len(self.seeds), "a seed is given twice")
         _check(not isinstance(self.seeds, int) or self.seeds >= 1, f"seeds must be at least 1, not {self.seeds}")
         for rho in _several(self.rho):
-            _check(
-                rho is None or 0 < rho < math.inf, f"rho must be above 0 or free, not {rho:g}" if rho else "rho is 0"
-            )
+            _check(rho is None or 0 < rho < math.inf, f"rho must be above 0, or free, not {rho}")
         norm = self.critical_norm
         _check(norm is None or 0 < norm < math.inf, f"the critical norm must be above 0, not {norm}")
         _check(self.budget is None or self.budget >= 1, f"budget must be at least 1, not {self.budget}")
