@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from normscope.ops import fused_pass
 #: Numbers in an array of activations (examples x hidden) that still stay in a core's cache from one pass to the next.
 _ACTIVATIONS_AT_ONCE = 1 << 19
 _HIDDEN_WIDTH = 256
+_building = threading.Lock()  # models draw from the global generator, which threads share
 
 
 class Stack:
@@ -61,7 +63,8 @@ class Stack:
         self.seeds = list(seeds)
         self.step = 0
         self._model = stacked_model(config)
-        models = [dict(build_model(replace(config, seed=seed)).named_parameters()) for seed in seeds]
+        with _building:
+            models = [dict(build_model(replace(config, seed=seed)).named_parameters()) for seed in seeds]
         self.weights: dict[str, Tensor] = {
             name: torch.stack([model[name].detach() for model in models]).to(dtype) for name in models[0]
         }
@@ -93,7 +96,7 @@ class Stack:
         for name, moments in state.items():
             self._optimizer.state[self.weights[name]] = dict(moments)
         self._matrix_views = [matrix[seed] for seed in range(len(self.seeds)) for matrix in self._matrices]
-        at_once = max(1, _ACTIVATIONS_AT_ONCE // (self._examples["train"].targets.shape[1] * _HIDDEN_WIDTH))
+        at_once = seeds_at_once(self._examples["train"].targets.shape[1])
         self._blocks = [slice(start, start + at_once) for start in range(0, len(self.seeds), at_once)]
 
     def hold_norm(self, seed: int, norm: float) -> None:
@@ -174,6 +177,11 @@ class Stack:
             weight.copy_(state["weights"][name])
         self._held = state["held"].clone()
         self._prepare(self._gradients, {name: moments for name, moments in state["moments"].items() if moments})
+
+
+def seeds_at_once(examples: int) -> int:
+    """For how many seeds with that many training examples each the gradients are formed together."""
+    return max(1, _ACTIVATIONS_AT_ONCE // (examples * _HIDDEN_WIDTH))
 
 
 def _part(stacks: Weights, block: slice) -> dict[str, Tensor]:

@@ -100,6 +100,8 @@ class Unit:
             if should_stop():
                 self._save(stack, file)
                 return False
+            if self.cell.rho is not None and str(stack.step + 1) == self.cell.clamp_from:
+                self._hold(stack, stack.seeds)
             stack.advance()
             if is_on_geometric_grid(stack.step) or stack.step == self.cell.budget:
                 norm, accuracy = self._record(stack)
@@ -107,8 +109,6 @@ class Unit:
                 over = sum(seen.is_over for seen in self.seen.values())
                 report(Status(stack.step, norm, accuracy, over, (now - began) / (stack.step - logged)))
                 began, logged = now, stack.step
-            if str(stack.step) == self.cell.clamp_from and self.cell.rho is not None:
-                self._hold(stack, stack.seeds)
             if time.monotonic() - saved >= checkpoint_seconds:
                 self._save(stack, file)
                 saved = time.monotonic()
