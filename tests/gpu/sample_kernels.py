@@ -134,12 +134,3 @@ def converted(x, out, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """Values as another dtype, rounded once."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + i, tl.load(x + i, mask=i < n).to(DTYPE), mask=i < n)
-
-
-@triton.jit
-def spilling(x, out, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Wrong: holds more values than a thread has registers, as every row is used before and after the sum."""
-    rows = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    values = tl.load(x + rows)
-    by_column = tl.sum(values, axis=0)
-    tl.store(out + rows, tl.sort(values, dim=1) * by_column[None, :] + values)

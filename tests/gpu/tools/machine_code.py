@@ -123,6 +123,7 @@ def compile_for(
     num_warps: int = 4,
     num_stages: int = 2,
     fp_fusion: bool = True,
+    max_registers: int | None = None,
 ) -> MachineCode:
     """Compiles a kernel, once for the same arguments.
 
@@ -135,8 +136,11 @@ def compile_for(
         num_warps: of one block; a warp of gfx9 has 64 threads, any other 32.
         num_stages: of loops that the compiler pipelines.
         fp_fusion: whether products and sums may fuse.
+        max_registers: of one thread, on NVIDIA's targets.
     """
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
+    if max_registers is not None:
+        options["maxnreg"] = max_registers
     parts = (signature, {name: str(value) for name, value in constants.items()}, options)
     key = (target, kernel.cache_key, *(tuple(sorted(part.items())) for part in parts), tuple(sorted(divisible)))
     if key not in _compiled:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 _BARRIER = re.compile(r"^\s*bar(?:rier)?\.(?:cta\.)?sync[^;]*;", re.MULTILINE)
 _SHUFFLE = re.compile(r"shfl\.sync\.bfly\.b32")
 _WIDE_LOAD = re.compile(
-    r"(@!?%\w+ )?ld\.global((?:\.\w+)*?)\.v(\d)\.b(\d+)\s*\{([^}]*)\},\s*\[\s*([%\w]+)\s*\+\s*(\d+)\s*\];"
+    r"(@!?%\w+ )?ld\.global((?:\.\w+)*?)\.v(\d)\.b(\d+)\s*\{([^}]*)\},\s*\[\s*([%\w]+)\s*(?:\+\s*(\d+)\s*)?\];"
 )
 _GUARDED = re.compile(r"@!?%\w+ (?=(?:ld|st)\.global)")
 _STORE = re.compile(r"^\s*(?:@!?%\w+ )?st\.global[^;]*;", re.MULTILINE)
@@ -46,8 +46,9 @@ def with_narrow_loads(ptx: str, place: int) -> str:
 
     def narrow(match: re.Match[str]) -> str:
         guard, modifiers, _, bits, targets, base, offset = match.groups()
+        start, step = int(offset or 0), int(bits) // 8
         return "\n".join(
-            f"{guard or ''}ld.global{modifiers}.b{bits} {target.strip()}, [ {base} + {int(offset) + i * int(bits) // 8} ];"
+            f"{guard or ''}ld.global{modifiers}.b{bits} {target.strip()}, [ {base} + {start + i * step} ];"
             for i, target in enumerate(targets.split(","))
         )
 
@@ -64,7 +65,7 @@ def without_store(ptx: str, place: int) -> str:
     return _changed(_STORE, ptx, place, lambda _: "")
 
 
-_PLACES = {
+_PLACES: dict[Callable[[str, int], str], re.Pattern[str]] = {
     without_barrier: _BARRIER,
     with_another_shuffle: _SHUFFLE,
     with_narrow_loads: _WIDE_LOAD,

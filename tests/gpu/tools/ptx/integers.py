@@ -79,7 +79,8 @@ def _high_half(a: Array, b: Array) -> Array:
     if bits < 64:
         wide: Any = np.int64 if a.dtype.kind == "i" else np.uint64
         product: Array = a.astype(wide) * b.astype(wide)
-        return (product >> wide(bits)).astype(a.dtype)
+        upper: Array = (product >> wide(bits)).astype(a.dtype)
+        return upper
     low, half = np.uint64(0xFFFF_FFFF), np.uint64(32)
     x: Array = a.view(np.uint64)
     y: Array = b.view(np.uint64)

@@ -128,7 +128,7 @@ class _Batch:
 
     def _pass_barrier(self, waiting: Array) -> None:
         by_block = waiting.reshape(self._blocks, -1)
-        arrived: Array = by_block.any(axis=1)
+        arrived = np.asarray(by_block.any(axis=1))
         places = self._next.reshape(self._blocks, -1)
         if (by_block.all(axis=1) != arrived).any() or (places[arrived] != places[arrived][:, :1]).any():
             raise PTXError(f"{self._kernel.name}: a barrier is not reached by all threads of a block")

@@ -15,7 +15,7 @@ from gpu.tools.ptx.registers import WARP, Registers
 def _check_members(registers: Registers, instruction: Instruction, where: Array, members: Array) -> None:
     """Fails unless the threads of each warp that a member mask names, and only those, are here."""
     here = where.reshape(-1, WARP)
-    present: Array = here.any(axis=1)
+    present = np.asarray(here.any(axis=1))
     bits = (members >> registers.lane) & 1 == 1
     if not bits[where].all():
         raise PTXError(f"a thread is not in its own member mask: {instruction.text}")
