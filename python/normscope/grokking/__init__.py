@@ -11,13 +11,18 @@ from normscope.grokking.critical_norm import (
     critical_norms,
     fit_power_law,
 )
+from normscope.grokking.delay_law import DelayLawFit, GroupFit, LawEstimate, fit_delay_law
+from normscope.grokking.delay_law_data import DelayLawError
 from normscope.grokking.guided_decay import NormGuidedDecay
 from normscope.grokking.models import MLP, AttentionModel, Transformer, build_model, build_optimizer
 from normscope.grokking.observers import FourierConcentration, LogitScale, NormDistance, WeightNorm
 from normscope.grokking.parity import BitMLP, SparseParity
 from normscope.grokking.plot import plot_run
 from normscope.grokking.run_folder import RunFolder, RunFolderError
+from normscope.grokking.stacked import Stack
+from normscope.grokking.sweep import Configuration, SweepGrid
 from normscope.grokking.sweep_results import SweepFileError, SweepRow, read_rows, write_rows
+from normscope.grokking.sweep_run import SweepError, SweepProgress, run_sweep
 from normscope.grokking.task import (
     Examples,
     ModularAddition,
@@ -34,13 +39,18 @@ __all__ = [
     "MLP",
     "AttentionModel",
     "BitMLP",
+    "Configuration",
     "ConfigurationError",
     "CriticalNorm",
     "CriticalNormError",
     "Crossing",
+    "DelayLawError",
+    "DelayLawFit",
     "Examples",
     "FourierConcentration",
     "GrokConfig",
+    "GroupFit",
+    "LawEstimate",
     "LogitScale",
     "ModularAddition",
     "ModularMultiplication",
@@ -55,8 +65,12 @@ __all__ = [
     "RunFolderError",
     "SparseParity",
     "Split",
+    "Stack",
     "Stop",
+    "SweepError",
     "SweepFileError",
+    "SweepGrid",
+    "SweepProgress",
     "SweepRow",
     "Trainer",
     "Transformer",
@@ -68,9 +82,11 @@ __all__ = [
     "critical_norms",
     "find_crossing",
     "find_transitions",
+    "fit_delay_law",
     "fit_power_law",
     "plot_run",
     "read_rows",
+    "run_sweep",
     "train",
     "write_rows",
 ]

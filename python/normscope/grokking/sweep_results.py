@@ -56,7 +56,7 @@ class SweepRow:
         norm_at_grok: total weight norm at ``t_grok``.
         critical_norm: the W_c that ``rho`` refers to; for a free run the median over the seeds of its control.
         task: what was learnt, such as ``"addition"``.
-        clamp_from: when a clamped run's norm began to be held (``SweepGrid.clamp_from``).
+        clamp_from: when a clamped run's norm began to be held (``SweepGrid.clamp_from``); the default for a free run.
 
     Example:
         >>> row = SweepRow(59, "mlp", 0.4, 1e-3, 1.0, 0.85, 0, 149, 1495, 30_000, 46.3, 54.5)
@@ -77,7 +77,7 @@ class SweepRow:
     norm_at_grok: float | None
     critical_norm: float | None
     task: str = "addition"
-    clamp_from: str = "start"
+    clamp_from: str = "memorised"
 
     @property
     def is_censored(self) -> bool:

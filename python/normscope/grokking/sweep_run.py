@@ -88,8 +88,8 @@ def run_sweep(
 
     Example:
         >>> grid = SweepGrid(p=7, rho=None, seeds=2, budget=20, train_fraction=0.6)
-        >>> [(row.seed, row.t_mem, row.t_grok) for row in run_sweep(grid)]
-        [(0, None, None), (1, None, None)]
+        >>> [(row.seed, row.t_grok, row.budget) for row in run_sweep(grid)]
+        [(0, None, 20), (1, None, 20)]
     """
     path = Path(out) if out is not None else None
     with ExitStack() as stack:
