@@ -74,9 +74,8 @@ class SweepGrid:
         budget: optimizer steps after which a run that has not grokked is censored. By default 30,000, and for a
             learning rate below 1e-3 more in proportion.
         critical_norm: W_c; by default the median over the seeds of each condition's free control.
-        clamp_from: ``"memorised"`` holds the norm from T_mem on (after the first logged step with a training accuracy of
-            at least 0.99), ``"start"`` after every step from the first one on, a number from that step on. The default
-            is what comes close to the published medians (p = 59, lr 1e-3): 2,692 steps at rho 0.95 for 2,470; with
+        clamp_from: ``"memorised"`` holds the norm from T_mem on (the first logged step with a training accuracy of at
+            least 0.99), ``"start"`` from the first step on, a number from that step on. The default is what comes close to the published medians (p = 59, lr 1e-3): 2,692 steps at rho 0.95 for 2,470; with
             ``"start"`` it took 4,365.
         bits: parity's; see ``GrokConfig``.
         relevant: parity's.

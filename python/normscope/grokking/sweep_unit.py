@@ -90,7 +90,7 @@ class Unit:
         file = folder / self.file_name if folder else None
         self.seen = {seed: Seen() for seed in self.cell.seeds}
         stack = Stack(self.cell.config, self.cell.seeds)
-        if self.cell.rho is not None and self.cell.clamp_from == "start":
+        if self._clamp_from == "start":
             self._hold(stack, stack.seeds)
         if file and file.exists():
             self._restore(stack, file)
@@ -100,7 +100,7 @@ class Unit:
             if should_stop():
                 self._save(stack, file)
                 return False
-            if self.cell.rho is not None and str(stack.step + 1) == self.cell.clamp_from:
+            if str(stack.step + 1) == self._clamp_from:
                 self._hold(stack, stack.seeds)
             stack.advance()
             if is_on_geometric_grid(stack.step) or stack.step == self.cell.budget:
@@ -125,13 +125,18 @@ class Unit:
             seen = self.seen[seed]
             had_memorised = seen.t_mem is not None
             seen.record(stack.step, train, test, norm)
-            if self.cell.clamp_from == "memorised" and not had_memorised and seen.t_mem is not None:
+            if self._clamp_from == "memorised" and not had_memorised and seen.t_mem is not None:
                 self._hold(stack, [seed])
             seen.is_over = seen.is_over or stack.step >= self.cell.budget
         left = [seed for seed in seeds if not self.seen[seed].is_over]
         if left and len(left) < len(seeds):
             stack.keep(left)
         return sum(norms) / len(norms), sum(tests) / len(tests)
+
+    @property
+    def _clamp_from(self) -> str | None:
+        """When the clamp begins; None for a free run."""
+        return None if self.cell.rho is None else self.cell.clamp_from
 
     def _hold(self, stack: Stack, seeds: list[int]) -> None:
         assert self.cell.rho is not None
