@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from normscope.cli.grok import grok
+from normscope.cli.sweep import sweep
 from normscope.cli.trajectory import trajectory
 from normscope.cli.weights import weights
 
@@ -32,5 +33,6 @@ def normscope(
 
 
 app.command()(grok)
+app.command()(sweep)
 app.command()(trajectory)
 app.command()(weights)

@@ -183,7 +183,7 @@ def _run(given: dict[str, Any], out: Path | None, resume: Path | None) -> int:
     else:
         config, folder = _resumed(resume, given), resume
 
-    with GrokDisplay(config, folder) as display, _caught_signals() as caught:
+    with GrokDisplay(config, folder) as display, caught_signals() as caught:
         run = train(config, folder, progress=display, should_stop=lambda: bool(caught))
     display.summarise(run)
     return 128 + caught[0] if run.stop is Stop.INTERRUPTED else 0
@@ -220,7 +220,7 @@ def _resumed(folder: Path, given: dict[str, Any]) -> GrokConfig:
 
 
 @contextmanager
-def _caught_signals() -> Iterator[list[int]]:
+def caught_signals() -> Iterator[list[int]]:
     """A list that the first SIGINT or SIGTERM is added to; a second one has its usual effect."""
     caught: list[int] = []
 

@@ -192,7 +192,7 @@ class _Sweep:
                 worker.join()
         if self._unmeasured:
             raise SweepError(
-                f"no seed of the free control of {self._unmeasured[0].label} grokked within "
+                f"no seed of the free control of {self._unmeasured[0].condition_label} grokked within "
                 f"{self._unmeasured[0].budget} steps, so the critical norm is unknown and {len(self._unmeasured)} "
                 "cells could not run; give a larger --budget or --critical-norm"
             )
