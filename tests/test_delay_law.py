@@ -288,10 +288,10 @@ def test_kaplan_meier_median(times: Any, budgets: Any, median: float | None, bou
 def test_effects_of_rho_and_learning_rate() -> None:
     times = {(1e-3, 0.85): 1500, (2e-3, 0.85): 800, (4e-3, 0.85): 500, (1e-3, 1.0): 4000, (1e-3, 1.2): None}
     rows = [{"p": 59, "lr": lr, "rho": rho, "t_grok": t, "budget": 30_000} for (lr, rho), t in times.items()]
-    effects = {(effect.of, effect.at[:10]): effect for effect in fit_delay_law(rows).effects}
-    of_rho = effects["rho", "p 59, addi"]
+    effects = {(effect.of, effect.p, effect.rho): effect for effect in fit_delay_law(rows).effects}
+    of_rho = effects["rho", 59, None]
     assert (of_rho.shortest_at, of_rho.longest_at, of_rho.ratio, of_rho.is_bound) == (0.85, 1.2, 20.0, True)
-    of_lr = effects["lr", "p 59, rho "]
+    of_lr = effects["lr", 59, 0.85]
     assert (of_lr.shortest_at, of_lr.longest_at, of_lr.ratio, of_lr.is_bound) == (4e-3, 1e-3, 3.0, False)
     assert len(effects) == 2
 
@@ -315,7 +315,7 @@ def test_moduli_without_a_run_that_grokked_are_left_out_and_said() -> None:
     fit = fit_delay_law(rows, draws=1).only
     assert list(fit.published.amplitudes) == [53, 59, 71]
     assert fit.notes[0] == "p = 97 is left out: none of its runs grokked"
-    assert "did not grok within their budget" in fit.notes[1]
+    assert "did not grok within the budget" in fit.notes[1]
 
 
 def test_points_exactly_on_the_law_have_no_scale() -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from normscope.cli.fit import fit
 from normscope.cli.grok import grok
 from normscope.cli.sweep import sweep
 from normscope.cli.trajectory import trajectory
@@ -32,6 +33,7 @@ def normscope(
         print(context.get_help())
 
 
+app.command()(fit)
 app.command()(grok)
 app.command()(sweep)
 app.command()(trajectory)

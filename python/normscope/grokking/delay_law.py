@@ -113,6 +113,8 @@ class DelayLawFit:
     def to_dict(self) -> dict[str, Any]:
         """Everything as dicts, lists, numbers and None, for JSON."""
         content = asdict(self)
+        for found, effect in zip(content["effects"], self.effects, strict=True):
+            found["configuration"] = effect.configuration._asdict()
         content["skipped"] = [{**key._asdict(), "missing": reason} for key, reason in self.skipped.items()]
         for found, group in zip(content["groups"], self.groups, strict=True):
             found["configuration"] = group.configuration._asdict()
@@ -190,9 +192,8 @@ def _fit_group(
     notes = [f"p = {p} is left out: none of its runs grokked" for p in sorted({cell.p for cell in cells} - set(moduli))]
     dropped = sum(len(cell.budgets) for cell in fitted)
     if dropped:
-        notes.append(
-            f"{dropped} runs did not grok within their budget: dropped as published, censored in the likelihood"
-        )
+        some = f"{dropped} run{'s' if dropped > 1 else ''}"
+        notes.append(f"{some} did not grok within the budget: dropped as published, censored in the likelihood")
     shape = DISTRIBUTIONS[distribution]
     runs = runs_of(fitted, moduli)
     line = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -66,14 +66,18 @@ class Effect:
 
     Attributes:
         of: ``"rho"`` or ``"lr"``.
-        at: what is fixed, in words.
+        configuration: what is fixed; for ``"lr"`` its learning rate is the one of the shortest median.
+        p: the modulus.
+        rho: for ``"lr"``, the rho.
         shortest_at, longest_at: the values with the shortest and the longest median.
         ratio: longest over shortest median.
         is_bound: whether the ratio is a lower bound, because a median was not reached within the budget.
     """
 
     of: str
-    at: str
+    configuration: Configuration
+    p: int
+    rho: float | None
     shortest_at: float
     longest_at: float
     ratio: float
@@ -155,22 +159,25 @@ def saturation(cells: Sequence[Cell], moduli: Sequence[int], level: float) -> It
 
 def effects_of(found: Mapping[Configuration, Sequence[Cell]]) -> Iterator[Effect]:
     """The effect of rho in every configuration and modulus, and of the learning rate where several were swept."""
-    rates = defaultdict(list)
+    rates: dict[tuple[Configuration, int, float], list[tuple[float, Cell]]] = defaultdict(list)
     for configuration, cells in found.items():
         for p in sorted({cell.p for cell in cells}):
             swept = [(cell.rho, cell) for cell in cells if cell.p == p]
-            yield from _effect("rho", f"p {p}, {configuration.describe()}", swept)
+            yield from _effect("rho", configuration, p, None, swept)
         for cell in cells:
             rates[configuration._replace(lr=0.0), cell.p, cell.rho].append((configuration.lr, cell))
-    for (configuration, p, rho), swept in sorted(rates.items()):
-        held = configuration.describe().replace("lr 0, ", "")
-        yield from _effect("lr", f"p {p}, rho {rho:g}, {held}", swept)
+    for (configuration, p, rho), swept in sorted(rates.items(), key=lambda item: item[0]):
+        for effect in _effect("lr", configuration, p, rho, swept):
+            yield replace(effect, configuration=configuration._replace(lr=effect.shortest_at))
 
 
-def _effect(of: str, at: str, swept: Sequence[tuple[float, Cell]]) -> Iterator[Effect]:
+def _effect(
+    of: str, configuration: Configuration, p: int, rho: float | None, swept: Sequence[tuple[float, Cell]]
+) -> Iterator[Effect]:
     known = [(cell.median, value) for value, cell in swept if cell.median is not None]
     if len(swept) < 2 or not known:
         return
     shortest, shortest_at = min(known)
     longest, longest_at = max((cell.median_bound, value) for value, cell in swept)
-    yield Effect(of, at, shortest_at, longest_at, longest / shortest, any(cell.median is None for _, cell in swept))
+    is_bound = any(cell.median is None for _, cell in swept)
+    yield Effect(of, configuration, p, rho, shortest_at, longest_at, longest / shortest, is_bound)

@@ -6,7 +6,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -21,6 +21,9 @@ class DelayLawError(NormscopeError, ValueError):
     """The rows do not tell a delay law; the message says what is missing."""
 
 
+_DEFAULTS = {field.name: field.default for field in fields(SweepRow) if field.default is not MISSING}
+
+
 class Configuration(NamedTuple):
     """What all runs of one fit share; the moduli and rho vary."""
 
@@ -29,13 +32,14 @@ class Configuration(NamedTuple):
     train_fraction: float = 0.4
     lr: float = 1e-3
     weight_decay: float = 1.0
-    clamp_from: str = "start"
+    clamp_from: str = _DEFAULTS["clamp_from"]
 
-    def describe(self) -> str:
+    def describe(self, *, with_lr: bool = True) -> str:
         """In words, as the tables have it."""
-        start = "" if self.clamp_from == "start" else f", clamped from {self.clamp_from}"
+        rate = f"lr {self.lr:g}, " if with_lr else ""
+        start = "" if self.clamp_from == _DEFAULTS["clamp_from"] else f", clamped from {self.clamp_from}"
         return (
-            f"{self.task}, {self.model}, fraction {self.train_fraction:g}, lr {self.lr:g}, "
+            f"{self.task}, {self.model}, fraction {self.train_fraction:g}, {rate}"
             f"weight decay {self.weight_decay:g}{start}"
         )
 

@@ -1,0 +1,102 @@
+"""``normscope fit``: the delay law of grokking, fitted to the runs of a sweep."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from normscope.cli.options import WRITTEN, JsonPath
+from normscope.sinks.jsonl import json_number
+
+if TYPE_CHECKING:
+    from normscope.grokking import DelayLawFit
+
+_HOW = "How it is fitted"
+
+
+def fit(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The CSV file of a sweep, a row for each run.", show_default=False)
+    ],
+    distribution: Annotated[
+        str,
+        typer.Option(
+            metavar="[lognormal|weibull|loglogistic]",
+            help="Of T_grok around the law, for the likelihood.",
+            rich_help_panel=_HOW,
+        ),
+    ] = "lognormal",
+    level: Annotated[float, typer.Option(help="Of the intervals.", rich_help_panel=_HOW)] = 0.95,
+    draws: Annotated[
+        int, typer.Option(min=1, help="How often the runs of each cell are drawn again.", rich_help_panel=_HOW)
+    ] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of these draws.", rich_help_panel=_HOW)] = 0,
+    json: JsonPath = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT",
+            help="Draw T_grok over rho, the collapse and the residuals: png, pdf or svg.",
+            show_default=False,
+            rich_help_panel=WRITTEN,
+        ),
+    ] = None,
+) -> None:
+    """Fit T_grok = A_p exp(alpha rho), one alpha for all moduli, to runs whose weight norm was held at rho * W_c.
+
+    Twice: by least squares on the logarithms of the medians of the runs that grokked, as published, and by maximum
+    likelihood over all runs, where one that did not grok counts as T_grok > budget. Intervals are from drawing the runs
+    of each cell (p, rho) again. Runs that differ in model, task, learning rate, weight decay or training fraction are
+    fitted apart; free runs are left out.
+
+    **Examples**
+
+    - `normscope fit sweep.csv --plot law.png`
+    - `normscope fit sweep.csv --distribution weibull --json - | jq '.groups[].likelihood.alpha'`
+    """
+    from normscope.grokking import fit_delay_law
+
+    _prepare(json, plot)
+    found = fit_delay_law(file, distribution=distribution, level=level, draws=draws, seed=seed)
+    _hand_out(file, found, json, plot)
+
+
+def _prepare(json: Path | None, plot: Path | None) -> None:
+    """Refuse what cannot be written before much is computed."""
+    from normscope.cli import output
+
+    if json is not None and str(json) != "-":
+        output.prepare(json)
+    if plot is not None:
+        output.check_picture(plot)
+        output.prepare(plot)
+
+
+def _hand_out(file: Path, found: DelayLawFit, json: Path | None, plot: Path | None) -> None:
+    """Write the files, and show the rest unless the JSON is standard output."""
+    from normscope.cli import output
+    from normscope.cli.fit_show import show
+
+    if json is not None:
+        text = json_module.dumps(_jsonable({"file": str(file), **found.to_dict()}), allow_nan=False)
+        output.write(json, f"{text}\n".encode())
+    if plot is not None:
+        from normscope.grokking.delay_law_plot import drawn
+
+        output.write(plot, drawn(found, plot.suffix.lstrip(".")))
+    if str(json) != "-":
+        show(str(file), found, [str(path) for path in (json, plot) if path is not None])
+    sys.stdout.flush()
+
+
+def _jsonable(value: Any) -> Any:
+    """The same with its numbers as a file of records has them."""
+    if isinstance(value, dict):
+        return {key: _jsonable(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(each) for each in value]
+    return json_number(value) if isinstance(value, float) else value
