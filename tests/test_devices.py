@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from gpu.tools.accounting import accounting
 from watched import trained
 
 import normscope as ns
 from normscope import shared_pass
 from normscope.metrics import norms as norms_metric
 from normscope.metrics import token_gradient as token_gradient_metric
-
-
-class Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the operations that would wait for a device."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(part in str(func) for part in ("_local_scalar_dense", "is_nonzero", "nonzero", "aten.equal")):
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -73,11 +59,11 @@ def test_undefined_values_of_other_devices() -> None:
 @pytest.mark.usefixtures("values_stay_on_their_device")
 def test_making_a_record_waits_for_no_device() -> None:
     monitor = both_sources()
-    with Syncs() as syncs:
+    with accounting() as account:
         record = monitor.post_epoch(0, {"loss": torch.tensor(0.5)})
     assert record is not None
-    assert syncs.seen == []
-    with Syncs() as syncs:
+    assert account.host_reads == []
+    with accounting() as account:
         assert bool(torch.ones(1) > 0)
         assert torch.ones(1).item() == 1.0
-    assert len(syncs.seen) == 2, "the check itself must see them"
+    assert len(account.host_reads) == 2, "the check itself must see them"

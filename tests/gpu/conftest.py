@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
+import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
+
+#: Triton reads it when it is imported: this process interprets kernels, or it compiles them.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Before triton is imported: no compiled kernel of another run is used, and none is left behind.
-os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="triton-cache-"))
+if "TRITON_CACHE_DIR" not in os.environ:  # no kernel compiled by an earlier run is used, and none is left behind
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-cache-")
+    atexit.register(shutil.rmtree, os.environ["TRITON_CACHE_DIR"], ignore_errors=True)
 
-collect_ignore_glob: list[str] = []
-if importlib.util.find_spec("triton") is None:
-    collect_ignore_glob = ["*"]
+
+class WithoutTriton(pytest.Module):
+    """A file of tests that is skipped."""
+
+    def collect(self) -> Iterable[pytest.Item]:
+        """Says why."""
+        pytest.skip("triton is not installed", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Skips every file where triton is missing."""
+    if importlib.util.find_spec("triton") is None:
+        module: pytest.Module = WithoutTriton.from_parent(parent, path=module_path)
+        return module
+    return None
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Tests of the interpreter and of compiled kernels never share a process."""
-    interpreted = (Path(__file__).parent / "interpreted") in collection_path.parents
-    if collection_path.suffix == ".py" and interpreted != INTERPRETING:
-        return True
-    return None
+    """Tests in the interpreter and tests of compiled kernels never share a process."""
+    interpreted = Path(__file__).parent / "interpreted" in collection_path.parents
+    return True if collection_path.is_file() and interpreted != INTERPRETING else None

@@ -79,7 +79,7 @@ def masked_partial_sums(x, out, n, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
 def sums_of_table(addresses, lengths, out, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """float64 sums of tensors that are known by address; one program each."""
     t = tl.program_id(0)
-    x = tl.multiple_of(tl.load(addresses + t), 16).to(tl.pointer_type(DTYPE))
+    x = tl.multiple_of(tl.load(addresses + t).to(tl.pointer_type(DTYPE)), 16)
     n = tl.load(lengths + t)
     total = tl.zeros([BLOCK], tl.float64)
     i = tl.arange(0, BLOCK)
@@ -121,7 +121,7 @@ def arithmetic(x, y, z, out, n, BLOCK: tl.constexpr):
     a, b, c = tl.load(x + i, mask=i < n), tl.load(y + i, mask=i < n), tl.load(z + i, mask=i < n)
     tl.store(out + i, tl.fma(a, b, c), mask=i < n)
     tl.store(out + n + i, a / b, mask=i < n)
-    tl.store(out + 2 * n + i, tl.sqrt_rn(tl.abs(a)), mask=i < n)
+    tl.store(out + 2 * n + i, tl.sqrt(tl.abs(a)), mask=i < n)
     tl.store(out + 3 * n + i, tl.maximum(a, b), mask=i < n)
     tl.store(out + 4 * n + i, tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL), mask=i < n)
     tl.store(out + 5 * n + i, tl.floor(a), mask=i < n)
@@ -134,3 +134,18 @@ def converted(x, out, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """Values as another dtype, rounded once."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + i, tl.load(x + i, mask=i < n).to(DTYPE), mask=i < n)
+
+
+@triton.jit
+def reversed_rows(x, out, BLOCK: tl.constexpr):
+    """A transposition, which goes through shared memory as a whole."""
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, tl.ravel(tl.trans(tl.reshape(tl.load(x + i), [128, BLOCK // 128]))))
+
+
+@triton.jit
+def separate_roundings(x, y, z, out, n, BLOCK: tl.constexpr):
+    """out = x y + z, where the compiler may fuse the product with the sum."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    product = tl.load(x + i, mask=i < n) * tl.load(y + i, mask=i < n)
+    tl.store(out + i, product + tl.load(z + i, mask=i < n), mask=i < n)

@@ -47,6 +47,7 @@ _READING = (
     "is_nonzero",
     "nonzero",
     "equal",
+    "allclose",
     "unique",
     "_unique2",
     "unique_dim",

@@ -65,7 +65,8 @@ def without_store(ptx: str, place: int) -> str:
     return _changed(_STORE, ptx, place, lambda _: "")
 
 
-_PLACES: dict[Callable[[str, int], str], re.Pattern[str]] = {
+#: Every mutation, and what it changes.
+MUTATIONS: dict[Callable[[str, int], str], re.Pattern[str]] = {
     without_barrier: _BARRIER,
     with_another_shuffle: _SHUFFLE,
     with_narrow_loads: _WIDE_LOAD,
@@ -76,11 +77,11 @@ _PLACES: dict[Callable[[str, int], str], re.Pattern[str]] = {
 
 def places(ptx: str, mutation: Callable[[str, int], str]) -> int:
     """How many places a mutation can change."""
-    return len(_PLACES[mutation].findall(ptx))
+    return len(MUTATIONS[mutation].findall(ptx))
 
 
 def every_mutation(ptx: str) -> Iterator[tuple[str, str]]:
     """Names and texts of all mutations of some PTX, one change each."""
-    for mutation in _PLACES:
+    for mutation in MUTATIONS:
         for place in range(places(ptx, mutation)):
             yield f"{mutation.__name__} {place}", mutation(ptx, place)
