@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from normscope.cli.grok_clamp import Clamping, critical_norm_in, critical_norm_of, resumed_interventions
+
 if TYPE_CHECKING:
     from normscope.grokking import GrokConfig
+    from normscope.observer import Intervention
 
 
-_TASK, _TRAINING, _RUN = "Task and model", "Training", "Run"
+_TASK, _TRAINING, _NORM, _RUN = "Task and model", "Training", "Weight norm", "Run"
 
 
 def grok(
@@ -97,6 +100,33 @@ def grok(
             rich_help_panel=_TRAINING,
         ),
     ] = None,
+    clamp_rho: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RHO",
+            help="Hold the weight norm at RHO times the critical norm, after every step. Default: a free run.",
+            show_default=False,
+            rich_help_panel=_NORM,
+        ),
+    ] = None,
+    critical_norm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NORM",
+            help="The norm at which free runs grok, or the folder of one that did. Alone it only shows the distance.",
+            show_default=False,
+            rich_help_panel=_NORM,
+        ),
+    ] = None,
+    clamp_start: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEP",
+            help="First step after which the norm is held. Default: 0, that is throughout.",
+            show_default=False,
+            rich_help_panel=_NORM,
+        ),
+    ] = None,
     observe: Annotated[
         str | None,
         typer.Option(
@@ -151,6 +181,8 @@ def grok(
     - `normscope grok --resume runs/mine --max-steps 100000`
     - `normscope grok --model transformer --p 9973 --ordering stride`
     - `normscope grok --model attention --p 113 --train-fraction 0.3`
+    - `normscope grok --critical-norm runs/mlp-p59-seed0 --seed 1`
+    - `normscope grok --clamp-rho 0.85 --critical-norm 54.5 --clamp-start 150`
     """
     settings: dict[str, Any] = {
         "model": model,
@@ -167,24 +199,29 @@ def grok(
         "threads": threads,
     }
     given = {name: value for name, value in settings.items() if value is not None}
-    raise typer.Exit(_run(given, out, resume))
+    clamping = Clamping(clamp_rho, critical_norm_of(critical_norm), clamp_start)
+    raise typer.Exit(_run(given, clamping, out, resume))
 
 
-def _run(given: dict[str, Any], out: Path | None, resume: Path | None) -> int:
+def _run(given: dict[str, Any], clamping: Clamping, out: Path | None, resume: Path | None) -> int:
     """Train with the settings that were given and return the exit code."""
     from normscope.cli.grok_display import GrokDisplay
     from normscope.grokking import GrokConfig, Stop, train
 
+    interventions: Sequence[Intervention]
     if resume is None:
         config = GrokConfig(**_parsed(given, "mlp"))
-        folder = out or Path("runs") / config.name
+        interventions = clamping.interventions()
+        folder = out or Path("runs") / f"{config.name}{clamping.suffix}"
     elif out is not None:
         raise typer.BadParameter("--resume names the run folder; leave out --out")
     else:
         config, folder = _resumed(resume, given), resume
+        interventions = resumed_interventions(resume, clamping)
 
-    with GrokDisplay(config, folder) as display, caught_signals() as caught:
-        run = train(config, folder, progress=display, should_stop=lambda: bool(caught))
+    critical_norm = clamping.critical_norm or critical_norm_in(interventions)
+    with GrokDisplay(config, folder, critical_norm) as display, caught_signals() as caught:
+        run = train(config, folder, interventions=interventions, progress=display, should_stop=lambda: bool(caught))
     display.summarise(run)
     return 128 + caught[0] if run.stop is Stop.INTERRUPTED else 0
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
+import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -27,6 +30,7 @@ from normscope.grokking import (
     find_transitions,
     plot_run,
 )
+from normscope.grokking.observers import RECORDS_OF_RATE, steps_left
 from normscope.record import Record
 
 _SECONDS_BETWEEN_DRAWS = 0.1
@@ -39,9 +43,10 @@ class GrokDisplay(Progress):
     Args:
         config: the run.
         folder: its run folder.
+        critical_norm: W_c, to show how far the norm is above it.
     """
 
-    def __init__(self, config: GrokConfig, folder: Path) -> None:
+    def __init__(self, config: GrokConfig, folder: Path, critical_norm: float | None = None) -> None:
         self._config = config
         self._folder = RunFolder(folder)
         self._unit = "epoch" if config.loop == "epoch" else "step"
@@ -56,6 +61,8 @@ class GrokDisplay(Progress):
         self._task = self._bar.add_task("train", total=config.max_steps, speed="")
         self._live: Live | None = None
         self._latest: Record | None = None
+        self._critical_norm = critical_norm
+        self._norms: deque[tuple[int, float]] = deque(maxlen=RECORDS_OF_RATE)
         self._seen = Transitions()
         self._is_started = False
         self._first_step = 0
@@ -85,6 +92,7 @@ class GrokDisplay(Progress):
         self._first_step = trainer.step
         self._seen = find_transitions(records)
         self._latest = records[-1] if records else None
+        self._norms.extend((record.step, record["weight_norm/total"]) for record in records)
         self._start = time.monotonic()
         if self._console.is_terminal:
             # No refresh thread: the drawing happens between two steps.
@@ -93,6 +101,7 @@ class GrokDisplay(Progress):
 
     def record(self, record: Record) -> None:
         self._latest = record
+        self._norms.append((record.step, record["weight_norm/total"]))
         now = find_transitions([record])
         if self._seen.t_mem is None and now.t_mem is not None:
             self._seen = replace(self._seen, t_mem=now.t_mem)
@@ -124,7 +133,18 @@ class GrokDisplay(Progress):
             for side in ("train", "test")
         )
         epoch = f"epoch {self._latest.step:,}: " if self._unit == "epoch" else ""
-        return f"{epoch}{sides}, norm {self._latest['weight_norm/total']:.1f}"
+        return f"{epoch}{sides}, norm {self._latest['weight_norm/total']:.1f}{self._distance()}"
+
+    def _distance(self) -> str:
+        """How far the norm is above W_c, in words."""
+        if self._critical_norm is None or not self._norms:
+            return ""
+        steps, norms = zip(*self._norms, strict=True)
+        left = steps_left(steps, torch.tensor(norms, dtype=torch.float64), self._critical_norm).item()
+        ratio = f", {norms[-1] / self._critical_norm:.2f} x W_c"
+        if math.isnan(left):
+            return ratio
+        return f"{ratio}, at the present rate reached in about {float(f'{left:.1g}'):,.0f} {self._unit}s"
 
     def summarise(self, run: Run) -> None:
         """Draw the curves; print T_mem, T_grok and the norm, where the files are, and how to go on."""

@@ -15,7 +15,7 @@ from normscope.tensors import token_table
 
 _COLUMNS_AT_ONCE = 64
 _EXAMPLES_AT_ONCE = 4096
-_RECORDS_OF_RATE = 5
+RECORDS_OF_RATE = 5  # records that the present rate is taken from
 
 
 class WeightNorm(Observer):
@@ -73,7 +73,7 @@ class NormDistance(Observer):
         if not 0 < critical_norm < math.inf:
             raise ValueError(f"the critical norm must be above 0 and finite, not {critical_norm!r}")
         self.critical_norm = critical_norm
-        self._last: deque[tuple[int, Tensor]] = deque(maxlen=_RECORDS_OF_RATE)
+        self._last: deque[tuple[int, Tensor]] = deque(maxlen=RECORDS_OF_RATE)
 
     def observe(self, view: View) -> Mapping[str, float | Tensor]:
         norms = [norm for name, norm in view.weight_norms.items() if view.parameters[name].ndim > 1]
