@@ -37,8 +37,10 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert "Watch norms" in out
     code, out, _ = run("grok", "--help", capsys=capsys)
     assert code == 0
-    options = "model p seed train-fraction lr weight-decay batch-size ordering stride max-steps observe out resume threads "
+    options = (
+        "model p seed train-fraction lr weight-decay batch-size ordering stride max-steps observe out resume threads "
         "clamp-rho critical-norm clamp-start"
+    )
     for option in options.split():
         assert f"--{option}" in out
     assert "normscope grok --resume" in out
