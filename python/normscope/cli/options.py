@@ -23,3 +23,20 @@ JsonPath: TypeAlias = Annotated[
         metavar="OUT", help="Write a JSON object; - is standard output.", show_default=False, rich_help_panel=WRITTEN
     ),
 ]
+
+_PARITY = "Task parity"
+
+ParityBits: TypeAlias = Annotated[
+    int | None,
+    typer.Option(help="Bits of a string, at most 62. Default: 40.", show_default=False, rich_help_panel=_PARITY),
+]
+ParityRelevant: TypeAlias = Annotated[
+    int | None,
+    typer.Option(help="How many of the bits count. Default: 3.", show_default=False, rich_help_panel=_PARITY),
+]
+ParityExamples: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        help="Strings in all, for training and test. Default: 2,500.", show_default=False, rich_help_panel=_PARITY
+    ),
+]

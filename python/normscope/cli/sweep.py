@@ -10,8 +10,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from normscope.cli.options import ParityBits, ParityExamples, ParityRelevant
+
 _GRID, _RUNS, _EXECUTION = "Grid: one value, or several separated by commas", "Runs", "Execution"
-_PARITY = "Task parity"
 T = TypeVar("T")
 
 
@@ -73,18 +74,9 @@ def sweep(
             rich_help_panel=_RUNS,
         ),
     ] = "memorised",
-    bits: Annotated[
-        int | None,
-        typer.Option(help="Bits of a string. Default: 40.", show_default=False, rich_help_panel=_PARITY),
-    ] = None,
-    relevant: Annotated[
-        int | None,
-        typer.Option(help="Bits that count. Default: 3.", show_default=False, rich_help_panel=_PARITY),
-    ] = None,
-    examples: Annotated[
-        int | None,
-        typer.Option(help="Strings in all. Default: 2,500.", show_default=False, rich_help_panel=_PARITY),
-    ] = None,
+    bits: ParityBits = None,
+    relevant: ParityRelevant = None,
+    examples: ParityExamples = None,
     out: Annotated[
         Path, typer.Option(metavar="FILE", help="The CSV file; what it has is not run again.", rich_help_panel=_RUNS)
     ] = Path("runs/sweep.csv"),

@@ -63,7 +63,7 @@ def plot_run(config: GrokConfig, records: Sequence[Record], path: str | os.PathL
     axes[-1].xaxis.set_major_formatter(ticker.FuncFormatter(lambda step, _: f"{step:,.0f}"))
     axes[-1].set_xlabel("epoch" if config.loop == "epoch" else "optimizer step", color=_INK)
     figure.suptitle(
-        f"(a + b) mod {config.p}, {config.model}, train fraction {config.train_fraction:g}, seed {config.seed}",
+        f"{config.title}, {config.model}, train fraction {config.train_fraction:g}, seed {config.seed}",
         color=_INK,
         fontsize=12,
         fontweight="bold",
