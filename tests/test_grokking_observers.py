@@ -149,3 +149,18 @@ def test_steps_left_is_undefined_while_the_norm_does_not_approach() -> None:
 def test_an_impossible_critical_norm_is_named(norm: float) -> None:
     with pytest.raises(ValueError, match="critical norm must be above 0"):
         NormDistance(norm)
+
+
+@pytest.mark.parametrize("model", ["mlp", "transformer"])
+def test_a_configuration_names_them(model: str) -> None:
+    observe = ("fourier_concentration", "logit_scale")
+    config = GrokConfig(model=model, p=7, batch_size=0, max_steps=3, observe=observe, threads=1)
+    run = train(config)
+    plain = train(GrokConfig(model=model, p=7, batch_size=0, max_steps=3, observe=(), threads=1))
+    assert {key.split("/")[0] for key in run.records[-1]} == {"task", "weight_norm", *observe}
+    for mine, other in zip(run.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    with torch.no_grad():
+        logits = run.model(Trainer(config).split.train.inputs).double()
+    centred = logits - logits.mean(dim=1, keepdim=True)
+    assert run.records[-1]["logit_scale/rms"] == pytest.approx(centred.square().mean().sqrt().item(), rel=1e-6)

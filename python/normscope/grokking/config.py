@@ -13,16 +13,17 @@ from normscope.errors import NormscopeError
 from normscope.observer import LoopKind
 
 ORDERINGS = ("random", "stride")
-OBSERVERS = ("norms", "weight_tracking", "token_gradient", "norm_trajectory")
+_USUAL = ("norms", "weight_tracking", "token_gradient", "norm_trajectory")
+OBSERVERS = (*_USUAL, "fourier_concentration", "logit_scale")
 _OF_HEADS = "norm_trajectory"  # needs a model with attention
-_OF_TOKENS = ("token_gradient",)  # need a task whose operands are tokens
+_OF_TOKENS = ("token_gradient", "fourier_concentration")  # need a task whose operands are tokens
 
-_PLAIN = tuple(name for name in OBSERVERS if name != _OF_HEADS)
+_PLAIN = tuple(name for name in _USUAL if name != _OF_HEADS)
 _BY_MODEL: dict[str, dict[str, Any]] = {
     "mlp": {"weight_decay": 1.0, "batch_size": 0, "max_steps": 50_000, "observe": _PLAIN},
     "transformer": {"weight_decay": 0.1, "batch_size": 256, "max_steps": 1_000_000, "observe": _PLAIN},
-    "attention": {"weight_decay": 1.0, "batch_size": 0, "max_steps": 50_000, "observe": OBSERVERS},
-    "attention-layernorm": {"weight_decay": 1.0, "batch_size": 0, "max_steps": 50_000, "observe": OBSERVERS},
+    "attention": {"weight_decay": 1.0, "batch_size": 0, "max_steps": 50_000, "observe": _USUAL},
+    "attention-layernorm": {"weight_decay": 1.0, "batch_size": 0, "max_steps": 50_000, "observe": _USUAL},
 }
 MODELS = tuple(_BY_MODEL)
 #: Task -> what its title says; ``{}`` is the modulus.
@@ -65,8 +66,9 @@ class GrokConfig:
         stride: the stride of that ordering and of the stride metrics of ``token_gradient``; floor(sqrt(p)) by default.
         max_steps: optimizer steps after which the run ends in any case; by default 1,000,000 for the transformer, else
             50,000.
-        observe: names of ``OBSERVERS``; the weight norm is always observed. By default all but ``"norm_trajectory"``,
-            which needs attention heads, and with it for the attention model.
+        observe: names of ``OBSERVERS``; the weight norm is always observed. By default ``"norms"``,
+            ``"weight_tracking"`` and ``"token_gradient"``, for the attention models also ``"norm_trajectory"``, which
+            needs attention heads. ``"fourier_concentration"`` and ``"logit_scale"`` are recorded when named.
         threads: torch's threads while training: rounding depends on them. By default what torch uses, at most 2 but for
             the transformer.
         task: ``"addition"``, ``"subtraction"`` or ``"multiplication"`` modulo p, or ``"parity"``: the parity of a few

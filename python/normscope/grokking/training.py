@@ -16,7 +16,7 @@ from torch import nn
 
 from normscope.grokking.config import GrokConfig
 from normscope.grokking.intervening import Interventions, settings_of
-from normscope.grokking.observers import WeightNorm
+from normscope.grokking.observers import FourierConcentration, LogitScale, WeightNorm
 from normscope.grokking.run_folder import RunFolder, RunFolderError
 from normscope.grokking.task import random_stream
 from normscope.grokking.trainer import Trainer
@@ -28,6 +28,8 @@ from normscope.record import Record
 from normscope.sinks import JSONL, read_records
 
 STAYED = 5  # records in a row with a test accuracy of at least 0.90 end a run
+_EXAMPLES_OF_LOGITS = 20_000  # first training examples, a random sample of them
+_LOGITS_AT_ONCE = 1 << 22
 _CHECKPOINT_SHARE = 0.01  # of the time may go into checkpoints
 
 
@@ -168,12 +170,18 @@ def _why_stop(trainer: Trainer, records: Sequence[Record]) -> Stop | None:
 
 
 def _monitor(trainer: Trainer, observers: Sequence[Observer], sinks: list[Any]) -> Monitor:
-    available: dict[str, type[Observer]] = {
-        observer.name: observer for observer in (Norms, WeightTracking, TokenGradient, NormTrajectory)
-    }
+    inputs = trainer.split.train.inputs[:_EXAMPLES_OF_LOGITS]
+    available: tuple[Observer, ...] = (
+        Norms(),
+        WeightTracking(),
+        TokenGradient(),
+        NormTrajectory(),
+        FourierConcentration(),
+        LogitScale(inputs, examples_at_once=max(1, _LOGITS_AT_ONCE // trainer.config.p)),
+    )
     return Monitor(
         trainer.model,
-        observers=[WeightNorm(), *(available[name]() for name in trainer.config.observe), *observers],
+        observers=[WeightNorm(), *(each for each in available if each.name in trainer.config.observe), *observers],
         sinks=sinks,
         context={"stride": trainer.config.stride},
         loop=trainer.config.loop,
