@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from gpu import sample_kernels as kernels
 from gpu.tools import exact, mutations
@@ -123,6 +125,16 @@ def test_conversions_round_once(dtype: torch.dtype) -> None:
     assert torch.equal(out, x.to(dtype))
 
 
+def test_autotuning_goes_through() -> None:
+    configurations = [triton.Config({"BLOCK": block}) for block in (128, 256)]
+    tuned = triton.autotune(configurations, key=["n"])(kernels.doubled)
+    x, out = normal(1000), guarded(torch.zeros(1000))
+    with executing() as log:
+        tuned[lambda meta: (triton.cdiv(1000, meta["BLOCK"]),)](x, out, 1000)
+    assert torch.equal(out, 2 * x)
+    assert {launch.grid[0] for launch in log.launches} == {8, 4}
+
+
 # What is wrong is found
 
 
@@ -172,8 +184,6 @@ def test_narrow_loads_are_seen() -> None:
 
 def test_a_block_may_have_too_much_shared_memory() -> None:
     x, out = normal(16384, torch.float64), torch.zeros(16384, dtype=torch.float64)
-    from triton.runtime.errors import OutOfResources
-
     with executing(arch=120), pytest.raises(OutOfResources):
         kernels.reversed_rows[(1,)](x, out, BLOCK=16384, num_warps=4)
 

@@ -39,7 +39,11 @@ def guarded(tensor: Tensor, offset: int = 0) -> Tensor:
 
 
 class MemoryMap:
-    """The spans of tensors, which are kept alive with it."""
+    """The spans of tensors, which are kept alive with it.
+
+    An access past the end of one tensor that falls into another is not seen, which is why tests make tensors with
+    ``guarded``.
+    """
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         self._tensors: list[Tensor] = []
