@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -51,11 +52,12 @@ class Energies(NamedTuple):
     """Squared L2 norm of each row of a token table.
 
     ``values`` is float64 ``[rows]`` and belongs to the table times ``2**-exponent``; ``exponent`` is 0 unless float64
-    squares would leave float64's range. Rows some 2**500 times smaller than the largest then count as zero.
+    squares would leave float64's range. Rows some 2**500 times smaller than the largest then count as zero. An exponent
+    that only the device knows is a float64 0-d tensor there.
     """
 
     values: Tensor
-    exponent: int
+    exponent: int | Tensor
 
 
 @dataclass(frozen=True)
@@ -121,3 +123,30 @@ def merge(sums: Tensor) -> Tensor:
     for index in _MAX_COLUMNS:
         merged[index] = sums[:, index].amax() if len(sums) else 0.0
     return merged
+
+
+def joined(indices: Sequence[Sequence[int]], parts: Sequence[Stats]) -> Stats:
+    """The stats of one list from those of parts of it, which may lie on several devices.
+
+    Args:
+        indices: for each part, the places of its tensors in the whole list.
+        parts: their stats. The result lies on the first device that is not the CPU; nothing waits for it.
+    """
+    device = next((part.sums.device for part in parts if not part.sums.is_cpu), parts[0].sums.device)
+    rows = torch.cat([_sent(part.sums[:-1], device) for part in parts])
+    place = {index: row for row, index in enumerate(index for part in indices for index in part)}
+    order = _sent(torch.tensor([place[index] for index in range(len(place))]), device)
+    rows = rows[order]
+    energies = {
+        places[index]: found
+        for places, part in zip(indices, parts, strict=True)
+        for index, found in part.energies.items()
+    }
+    return Stats(torch.cat([rows, merge(rows)[None]]), all(part.in_range for part in parts), energies)
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """Values on another device, without waiting for either."""
+    if values.is_cpu and device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)

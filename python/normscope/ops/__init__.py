@@ -9,9 +9,10 @@ from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
+from normscope.errors import UnsupportedTensorError
 from normscope.ops import backends, spectra
 from normscope.ops.contract import OrderStatistics, Spectrum
-from normscope.stats import Energies, Stats
+from normscope.stats import Energies, Stats, joined
 
 __all__ = [
     "OrderStatistics",
@@ -38,13 +39,25 @@ def fused_pass(
 
     Returns:
         The columns of :data:`normscope.stats.COLUMNS` per tensor, as defined in float64 on the values as stored.
-        The same tensors give the same bits, whatever the threads and whatever else is in the list.
+        The same tensors give the same bits, whatever the threads and whatever else is in the list. Tensors of several
+        devices are read where they are, and their sums lie on the first one that is not the CPU.
 
     Raises:
         UnsupportedTensorError: a dtype, layout or device that no chosen backend reads.
         ValueError: a weight differs from its gradient in shape.
     """
-    return backends.of(gradients).fused_pass(gradients, weights, tables)
+    devices = backends.split_by_device(gradients)
+    if devices is None:
+        return backends.of(gradients).fused_pass(gradients, weights, tables)
+    parts = []
+    for indices in devices:
+        beside = None if weights is None else [weights[index] for index in indices]
+        marked = [number for number, index in enumerate(indices) if index in tables]
+        try:
+            parts.append(fused_pass([gradients[index] for index in indices], beside, marked))
+        except UnsupportedTensorError as error:
+            raise UnsupportedTensorError(indices[error.index], error.reason) from None
+    return joined(devices, parts)
 
 
 def row_energies(gradient: Tensor) -> Energies:

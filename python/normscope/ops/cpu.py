@@ -166,7 +166,7 @@ def order_statistics(
     _core.order_statistics(
         energies.values.data_ptr(),
         energies.values.numel(),
-        energies.exponent,
+        int(energies.exponent),
         threshold,
         threshold_of == "mean",
         energy_power,

@@ -159,7 +159,7 @@ def order_statistics(
         result[6 + index] = _least_count(descending, fraction)
     if stride is not None:
         means = torch.stack([x[k::stride].mean() for k in range(min(stride, count))])
-        result[2] = scaled((means - means.mean()).square().mean(), -2 * energies.exponent)
+        result[2] = scaled((means - means.mean()).square().mean(), -2 * int(energies.exponent))
         result[3], result[4], result[5] = means.max(), means.min(), means.mean()
     return OrderStatistics(result)
 

@@ -73,7 +73,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _as_run(row: int, gradient: Tensor, weight: Tensor | None) -> Run:
-    """Gradient and weight as two runs of memory in the same order; copies only where their strides leave no other way."""
+    """Gradient and weight as two runs of memory in the same order; copied only where strides leave no other way."""
     if weight is not None and weight.stride() != gradient.stride():
         gradient, weight = gradient.contiguous(), weight.contiguous()
     if not gradient.is_contiguous() and not _is_dense(gradient):
@@ -177,5 +177,3 @@ def gram_products(matrices: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[
     """See :func:`normscope.ops.gram_products`: products of ``torch`` on the device."""
     _device_of(matrices)
     return reference.gram_products(matrices, blocks)
-
-

@@ -47,32 +47,39 @@ def _add_products(sums, x, y, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _add_sizes(sizes, x):
-    """Add to the sum of abs(x), its maximum and the number of NaN and inf; x has the narrowest type that holds it."""
-    total, largest, nonfinite = sizes
-    size = tl.abs(x)
-    # A comparison with NaN is false, and the maximum passes over NaN: the sum of abs(x) remembers one.
-    return total + size.to(tl.float64), tl.maximum(largest, size), nonfinite + tl.where(size < float("inf"), 0, 1)
-
-
-@triton.jit
 def _exact(x):
-    """The values in a type that computes with them without rounding: float32, or float64."""
+    """The values in a type that compares them without rounding: float32, or float64."""
     return x if x.dtype == tl.float64 else x.to(tl.float32)
 
 
 @triton.jit
-def _add(squares, sizes, dots, weight_squares, gradient, weight, HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr):
-    """Add one block of elements to every sum."""
+def add(squares, sizes, dots, weight_squares, gradient, weight, HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr):
+    """Add one block of elements to every sum; each is converted to float64 once."""
     x = _exact(gradient)
-    sizes = _add_sizes(sizes, x)
+    total, largest = sizes
+    largest = tl.maximum(largest, tl.abs(x))  # passes over NaN, which the sum of abs(x) remembers
     x = x.to(tl.float64)
+    sizes = total + tl.abs(x), largest
     squares = _add_products(squares, x, x, WIDE)
     if HAS_WEIGHT:
         w = _exact(weight).to(tl.float64)
         dots = _add_products(dots, x, w, WIDE)
         weight_squares = _add_products(weight_squares, w, w, WIDE)
     return squares, sizes, dots, weight_squares
+
+
+@triton.jit
+def _count_nonfinite(sizes, pointer, length, LANES: tl.constexpr):
+    """How many of ``length`` elements are NaN or infinite; they are read again only where their sizes' sum is."""
+    count = 0
+    if not (tl.sum(sizes[0]) < float("inf")):
+        lane = tl.arange(0, LANES)
+        found = tl.zeros([LANES], tl.int32)
+        for block in range(0, length, LANES):
+            x = _exact(tl.load(pointer + block + lane, mask=block + lane < length, other=0.0))
+            found += tl.where(tl.abs(x) < float("inf"), 0, 1)
+        count = tl.sum(found)
+    return count
 
 
 @triton.jit
@@ -84,30 +91,29 @@ def _store_products(row, column: tl.constexpr, sums):
 
 
 @triton.jit
-def _store_part(row, squares, sizes, dots, weight_squares, count):
+def store_part(row, squares, sizes, nonfinite, dots, weight_squares, length):
     """Write one row of parts; every column is written, so that nothing needs to be cleared before."""
-    total, largest, nonfinite = sizes
-    total = tl.sum(total)
+    total = tl.sum(sizes[0])
     _store_products(row, _SQUARES, squares)
     tl.store(row + _SUM_ABS, total)
-    tl.store(row + _MAX_ABS, tl.where(total != total, total, tl.max(largest).to(tl.float64)))
-    tl.store(row + _NONFINITE, tl.sum(nonfinite).to(tl.float64))
+    tl.store(row + _MAX_ABS, tl.where(total != total, total, tl.max(sizes[1]).to(tl.float64)))
+    tl.store(row + _NONFINITE, nonfinite.to(tl.float64))
     _store_products(row, _DOT, dots)
     _store_products(row, _WEIGHT_SQUARES, weight_squares)
-    tl.store(row + _COUNT, count.to(tl.float64))
+    tl.store(row + _COUNT, length.to(tl.float64))
 
 
 @triton.jit
-def _zeros(SHAPE: tl.constexpr):
+def zeros(SHAPE: tl.constexpr):
     """Three sums of products that are zero."""
     zero = tl.zeros(SHAPE, tl.float64)
     return zero, zero, zero
 
 
 @triton.jit
-def _no_sizes(SHAPE: tl.constexpr, GRADIENT: tl.constexpr):
+def no_sizes(SHAPE: tl.constexpr, GRADIENT: tl.constexpr):
     largest = tl.zeros(SHAPE, tl.float64 if GRADIENT == tl.float64 else tl.float32)
-    return tl.zeros(SHAPE, tl.float64), largest, tl.zeros(SHAPE, tl.int32)
+    return tl.zeros(SHAPE, tl.float64), largest
 
 
 @triton.jit
@@ -145,10 +151,10 @@ def chunk_pass(
     if HAS_WEIGHT:
         w = _address(weights, slot, WEIGHT, ALIGNED) + start
     lane = tl.arange(0, LANES)
-    squares = _zeros([LANES])
-    sizes = _no_sizes([LANES], GRADIENT)
-    dots = _zeros([LANES])
-    weight_squares = _zeros([LANES])
+    squares = zeros([LANES])
+    sizes = no_sizes([LANES], GRADIENT)
+    dots = zeros([LANES])
+    weight_squares = zeros([LANES])
     whole = length // (LANES * UNROLL) * (LANES * UNROLL)
     for block in range(0, whole, LANES * UNROLL):
         for step in tl.static_range(UNROLL):
@@ -157,9 +163,7 @@ def chunk_pass(
             y = x
             if HAS_WEIGHT:
                 y = tl.load(w + at)
-            squares, sizes, dots, weight_squares = _add(
-                squares, sizes, dots, weight_squares, x, y, HAS_WEIGHT, WIDE
-            )
+            squares, sizes, dots, weight_squares = add(squares, sizes, dots, weight_squares, x, y, HAS_WEIGHT, WIDE)
     for block in range(whole, length, LANES):
         at = block + lane
         inside = at < length
@@ -167,8 +171,9 @@ def chunk_pass(
         y = x
         if HAS_WEIGHT:
             y = tl.load(w + at, mask=inside, other=0.0)
-        squares, sizes, dots, weight_squares = _add(squares, sizes, dots, weight_squares, x, y, HAS_WEIGHT, WIDE)
-    _store_part(parts + part * PADDED, squares, sizes, dots, weight_squares, length)
+        squares, sizes, dots, weight_squares = add(squares, sizes, dots, weight_squares, x, y, HAS_WEIGHT, WIDE)
+    nonfinite = _count_nonfinite(sizes, g, length, LANES)
+    store_part(parts + part * PADDED, squares, sizes, nonfinite, dots, weight_squares, length)
 
 
 @triton.jit(do_not_specialize=["first_part", "rows"])
@@ -179,50 +184,56 @@ def table_pass(
     energies,  # *f64 [rows], or [3, rows] in, above and below float64's range: written
     first_part,
     rows,
-    width,
+    units,  # width = units * DIVISOR
     HAS_WEIGHT: tl.constexpr,
+    DIVISOR: tl.constexpr,  # a power of two: the compiler sees that it divides width, and makes loads that wide
     EVEN: tl.constexpr,  # width is a multiple of COLUMNS
     ROWS: tl.constexpr,  # rows and columns of a tile
     COLUMNS: tl.constexpr,
     GROUPS: tl.constexpr,  # groups of ROWS rows a program
+    OFFSET: tl.constexpr,  # the integer type that counts the elements of a program
 ):
     """Sums of a token table and of each of its rows; a program takes GROUPS * ROWS rows."""
     WIDE: tl.constexpr = gradient.dtype.element_ty == tl.float64 or (
         HAS_WEIGHT and weight.dtype.element_ty == tl.float64
     )
     WIDE_ROWS: tl.constexpr = gradient.dtype.element_ty == tl.float64
+    width = units * DIVISOR
     program = tl.program_id(0)
     first_row = program.to(tl.int64) * (GROUPS * ROWS)
     groups = tl.minimum(tl.cdiv(rows - first_row, ROWS), GROUPS).to(tl.int32)
+    step = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
-    total = _zeros([ROWS])
-    sizes = _no_sizes([ROWS, COLUMNS], gradient.dtype.element_ty)
-    dots = _zeros([ROWS, COLUMNS])
-    weight_squares = _zeros([ROWS, COLUMNS])
-    for group in range(0, groups):
-        row = first_row + group * ROWS + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None]
-        start = row[:, None] * width
-        squares = _zeros([ROWS, COLUMNS])
+    total = zeros([ROWS])
+    sizes = no_sizes([ROWS, COLUMNS], gradient.dtype.element_ty)
+    dots = zeros([ROWS, COLUMNS])
+    weight_squares = zeros([ROWS, COLUMNS])
+    g = gradient + first_row * width
+    w = weight + first_row * width
+    for group in range(groups):
+        left = (rows - first_row - group * ROWS).to(tl.int32)
+        start = (group * ROWS + step)[:, None].to(OFFSET) * width
+        squares = zeros([ROWS, COLUMNS])
         for block in range(0, width, COLUMNS):
             at = start + (block + column)[None, :]
+            inside = (step < left)[:, None]
             mask = inside if EVEN else inside & (block + column < width)[None, :]
-            x = tl.load(gradient + at, mask=mask, other=0.0)
+            x = tl.load(g + at, mask=mask, other=0.0)
             y = x
             if HAS_WEIGHT:
-                y = tl.load(weight + at, mask=mask, other=0.0)
-            squares, sizes, dots, weight_squares = _add(
-                squares, sizes, dots, weight_squares, x, y, HAS_WEIGHT, WIDE
-            )
+                y = tl.load(w + at, mask=mask, other=0.0)
+            squares, sizes, dots, weight_squares = add(squares, sizes, dots, weight_squares, x, y, HAS_WEIGHT, WIDE)
         middle, large, small = squares
         middle, large, small = tl.sum(middle, axis=1), tl.sum(large, axis=1), tl.sum(small, axis=1)
-        tl.store(energies + row, middle, mask=row < rows)
+        row = energies + first_row + group * ROWS + step
+        tl.store(row, middle, mask=step < left)
         if WIDE_ROWS:
-            tl.store(energies + rows + row, large, mask=row < rows)
-            tl.store(energies + 2 * rows.to(tl.int64) + row, small, mask=row < rows)
+            tl.store(row + rows, large, mask=step < left)
+            tl.store(row + 2 * rows.to(tl.int64), small, mask=step < left)
         total = total[0] + middle, total[1] + large, total[2] + small
-    count = tl.minimum(rows - first_row, GROUPS * ROWS) * width
-    _store_part(parts + (first_part + program) * PADDED, total, sizes, dots, weight_squares, count)
+    length = tl.minimum(rows - first_row, GROUPS * ROWS) * width
+    nonfinite = _count_nonfinite(sizes, g, length, ROWS * COLUMNS)
+    store_part(parts + (first_part + program) * PADDED, total, sizes, nonfinite, dots, weight_squares, length)
 
 
 @triton.jit

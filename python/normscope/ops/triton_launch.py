@@ -34,6 +34,16 @@ _MERGED_BY_ONE = 4_096
 FUSED: dict[str, Any] = {"enable_fp_fusion": True}
 
 
+def settings_of(dtype: torch.dtype) -> dict[str, Any]:
+    """Options of a launch that sums elements of that type.
+
+    The most registers a thread may take leave room for 4 programs a multiprocessor for the 2-byte types, whose loads
+    bring twice the elements, and for 5 for the others. Left to itself ptxas aims at more programs, and spills.
+    """
+    registers = 128 if dtype.itemsize == 2 else 96
+    return {"num_warps": WARPS, **FUSED, **({} if torch.version.hip else {"maxnreg": registers})}
+
+
 def lanes_of(dtype: torch.dtype) -> int:
     """Elements that all threads of a program load at once, 16 bytes each."""
     return THREADS * WIDEST_LOAD // dtype.itemsize
@@ -51,6 +61,7 @@ class Tile(NamedTuple):
     columns: int
     groups: int
     even: bool
+    divisor: int
 
     @property
     def rows_of_program(self) -> int:
@@ -65,7 +76,7 @@ def tile_of(rows: int, width: int, dtype: torch.dtype, has_weight: bool = False)
     columns = min(divisor if even else triton.next_power_of_2(width), 512, elements)
     tile_rows = elements // columns
     groups = max(1, min(chunk_of(rows * width) // (tile_rows * width), -(-rows // tile_rows)))
-    return Tile(tile_rows, columns, groups, even)
+    return Tile(tile_rows, columns, groups, even, min(divisor, WIDEST_LOAD))
 
 
 def guard(device: torch.device) -> AbstractContextManager[object]:
@@ -129,15 +140,19 @@ def _tables(
     sections = (plan.elements, plan.chunk, plan.first, plan.slot_of_chunk, plan.ranges)
     whole, starts = packed(*sections)
     there = upload(whole, device)
-    return _Tables(
-        plan, *(there[start : start + part.numel()] for start, part in zip(starts, sections, strict=True))
-    )
+    return _Tables(plan, *(there[start : start + part.numel()] for start, part in zip(starts, sections, strict=True)))
 
 
 @lru_cache(maxsize=16)
 def _addresses(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     """Addresses in a table on the device; while tensors stay where they are, nothing is uploaded again."""
     return upload(torch.tensor(values, dtype=torch.int64), device)
+
+
+def table_of(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """A few integers on the device, kept from one call to the next."""
+    with _uncached_while_capturing(device, _addresses):
+        return _addresses(values, device, _stream(device))
 
 
 class TokenTable(NamedTuple):
@@ -157,7 +172,7 @@ def launch_pass(
         The sums, float64 ``[rows + 1, columns]``, rows without a tensor zero and the last merging all; and for each
         table its row energies, float64 ``[1 or 3, rows]``: in, above and below float64's range.
     """
-    tiles = [tile_of(*t.gradient.shape, t.gradient.dtype, t.weight is not None) for t in tables]
+    tiles = [tile_of(t.gradient.shape[0], t.gradient.shape[1], t.gradient.dtype, t.weight is not None) for t in tables]
     programs = [-(-len(t.gradient) // tile.rows_of_program) for t, tile in zip(tables, tiles, strict=True)]
     with guard(device), _uncached_while_capturing(device, _tables, _addresses):
         stream = _stream(device)
@@ -206,8 +221,7 @@ def _run_chunks(there: _Tables, runs: Sequence[Run], parts: Tensor, device: torc
             ALIGNED=kind.aligned,
             LANES=lanes_of(kind.gradient),
             UNROLL=unroll_of(kind),
-            num_warps=WARPS,
-            **FUSED,
+            **settings_of(kind.gradient),
         )
 
 
@@ -223,14 +237,15 @@ def _run_table(table: TokenTable, tile: Tile, programs: int, parts: Tensor, firs
         energies,
         first_part,
         rows,
-        width,
+        width // tile.divisor,
         HAS_WEIGHT=weight is not None,
+        DIVISOR=tile.divisor,
         EVEN=tile.even,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         GROUPS=tile.groups,
-        num_warps=WARPS,
-        **FUSED,
+        OFFSET=tl.int32 if tile.rows_of_program * width < 2**31 else tl.int64,
+        **settings_of(gradient.dtype),
     )
     return energies
 

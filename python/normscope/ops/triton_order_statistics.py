@@ -1,8 +1,8 @@
 """Order statistics of V token energies in Triton, a handful of launches whatever V is; only V numbers are read.
 
 The energies are sorted in descending order: by blocks, whose elements then find their rank by binary search in the
-other blocks, or for very large V by the device sort of PyTorch. Sums that decide a count run in double-double arithmetic
-(Dekker 1971), and are rounded once before they are compared.
+other blocks, or for very large V by the device sort of PyTorch. Sums that decide a count run in double-double
+arithmetic (Dekker 1971) and are rounded once before they are compared.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ def rank_elements(ordered, ranked, blocks, BLOCK: tl.constexpr, STEPS: tl.conste
     own = at // BLOCK
     energy = tl.load(ordered + at)
     rank = at % BLOCK
-    for block in range(0, blocks):
+    for block in range(blocks):
         before = tl.zeros([LANES], tl.int32)
         for step in tl.static_range(STEPS + 1):
             # ``before`` elements are known to come first; is so, too, the last of the next 2^(STEPS - step)?
-            width: tl.constexpr = 1 << (STEPS - step)
+            width = 1 << (STEPS - step)
             fits = before + width <= BLOCK
             other = tl.load(ordered + block * BLOCK + before + width - 1, mask=fits, other=-1.0)
             first = fits & tl.where(block < own, other >= energy, other > energy)
@@ -168,7 +168,7 @@ def finish(
     low = tl.load(row + 1, mask=exists, other=0.0)
     up_to, up_to_low = tl.associative_scan((high, low), 0, _sum_of)
     total = _of_block(up_to, BLOCKS - 1, block)
-    norms, norms_low = tl.reduce(
+    norms, _ = tl.reduce(
         (tl.load(row + 2, mask=exists, other=0.0), tl.load(row + 3, mask=exists, other=0.0)), 0, _sum_of
     )
     unusable = tl.sum(tl.load(row + 5, mask=exists, other=0.0)) > 0

@@ -1,7 +1,7 @@
 """What a fused pass over device tensors reads, cut in chunks: the tables in which its kernels look addresses up.
 
 A chunk is a run of elements of one tensor and is summed by one program into one row of *parts*. Chunks depend on the
-size of their tensor alone, so its sums have the same bits whatever else is in the list. Plain Python: no kernel is here.
+size of their tensor alone, so its sums have the same bits whatever else is in the list. Nothing here needs Triton.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def make_plan(kinds: Sequence[tuple[int, Kind, int]], tables: Sequence[tuple[int
         part += parts
     ranges[rows:] = torch.tensor([[0, part], [0, rows]])
     every_chunk = torch.cat(slots_of_chunks) if slots_of_chunks else torch.zeros(0, dtype=torch.int64)
-    columns = [torch.tensor(column, dtype=torch.int64) for column in (elements, chunk, first)]
-    return Plan(tuple(order), tuple(launches), part, *columns, every_chunk, ranges)
+    as_tensor = [torch.tensor(column, dtype=torch.int64) for column in (elements, chunk, first)]
+    return Plan(tuple(order), tuple(launches), part, as_tensor[0], as_tensor[1], as_tensor[2], every_chunk, ranges)
 
 
 def _sort_key(kind: Kind) -> tuple[str, str, bool]:
