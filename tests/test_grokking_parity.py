@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from normscope import read_records
+from normscope.cli import main
 from normscope.grokking import BitMLP, ConfigurationError, GrokConfig, RunFolder, SparseParity, Trainer, train
 
 
@@ -102,3 +104,18 @@ def test_names_tell_tasks_apart() -> None:
     assert GrokConfig(task="parity").name == "mlp-parity-p2-seed0"
     assert GrokConfig(task="parity", bits=30).name == "mlp-parity-p2-bits30-seed0"
     assert GrokConfig(task="subtraction").name == "mlp-subtraction-p59-seed0"
+
+
+def test_tasks_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = "--task parity --bits 20 --relevant 2 --examples 300 --lr 0.01 --observe all --threads 1"
+    parity = ["grok", *settings.split()]
+    assert main([*parity, "--out", str(tmp_path / "parity"), "--max-steps", "3"]) == 0
+    assert "parity of 2 of 20 bits: mlp" in capsys.readouterr().out
+    assert main(["grok", "--resume", str(tmp_path / "parity"), "--observe", "all", "--max-steps", "5"]) == 0
+    assert "resumed from step 3" in capsys.readouterr().out
+    assert len(read_records(tmp_path / "parity" / "metrics.jsonl")) == 5
+    subtraction = ["grok", "--task", "subtraction", "-p", "7", "--max-steps", "2", "--threads", "1"]
+    assert main([*subtraction, "--out", str(tmp_path / "subtraction")]) == 0
+    assert "(a - b) mod 7" in capsys.readouterr().out
+    assert main([*parity, "--model", "attention", "--out", str(tmp_path / "other")]) == 2
+    assert "needs the mlp" in capsys.readouterr().err
