@@ -20,6 +20,7 @@ from gpu.tools import exact, mutations
 from gpu.tools.fake_driver import Log, executing
 from gpu.tools.memory_map import OutOfBoundsError, guarded
 from gpu.tools.ptx import PTXError
+from gpu.tools.races import assert_no_races
 
 N, CHUNK, BLOCK = 5003, 2048, 512
 TRITON_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -172,6 +173,18 @@ def test_tensors_in_tables_have_to_be_registered_and_aligned() -> None:
     misaligned = [normal(1000, offset=1), *tensors[1:]]
     with executing(*misaligned), pytest.raises(OutOfBoundsError, match="misaligned"):
         launch(misaligned)
+
+
+def test_a_racing_store_is_found() -> None:
+    x, out = normal(1000), guarded(torch.zeros(1))
+    with executing() as log:
+        kernels.racing_sum[(8,)](x, out, 1000, BLOCK=128)
+    with pytest.raises(AssertionError, match=r"racing_sum: load and store at 0x.* by programs 0, 1, 2, 3"):
+        assert_no_races(log)
+    with executing() as log:
+        kernels.atomic_sum[(8,)](x, out, 1000, BLOCK=128)
+        kernels.doubled[(8,)](x, x, 1000, BLOCK=128)
+    assert_no_races(log)
 
 
 def test_narrow_loads_are_seen() -> None:

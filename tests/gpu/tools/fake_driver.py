@@ -26,6 +26,7 @@ from triton.backends.driver import DriverBase
 
 from gpu.tools import ptx
 from gpu.tools.ptx.schedule import Schedule
+from gpu.tools.races import Race
 from gpu.tools.toolchain import resources
 
 #: Bytes of shared memory that a block may have, by architecture.
@@ -61,6 +62,11 @@ class Log:
     def register(self, *tensors: Tensor) -> None:
         """Allows access to tensors that kernels find through a table of addresses."""
         self.tensors += tensors
+
+    @property
+    def races(self) -> list[Race]:
+        """Accesses of two programs of one launch to one byte; see ``gpu.tools.races``."""
+        return [race for launch in self.launches for race in launch.statistics.races(launch.name)]
 
     @property
     def names(self) -> list[str]:

@@ -31,7 +31,9 @@ from triton.runtime import interpreter as stock
 
 from gpu.tools import exact, fast_reductions
 from gpu.tools.memory_map import MemoryMap, OutOfBoundsError
-from gpu.tools.races import Access, Race, find_races
+from gpu.tools.races import Access, Race, assert_no_races, find_races
+
+__all__ = ["Report", "assert_any_order", "assert_no_races", "checked", "install"]
 
 #: What the interpreter had before ``install``.
 _original: dict[str, Any] = {}
@@ -69,7 +71,8 @@ class Report:
         if len(addresses):
             width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
             found = self.memory.locate(addresses, width, f"{self.kernels[-1]}, program {self._program}, {kind}")
-            self._accesses.append(Access(self._program, kind, addresses, width, frozenset(np.unique(found).tolist())))
+            programs = np.full(len(addresses), self._program)
+            self._accesses.append(Access(programs, kind, addresses, width, frozenset(np.unique(found).tolist())))
 
 
 _active: Report | None = None
@@ -95,11 +98,6 @@ def checked(*tensors: Tensor, seed: int = 0) -> Iterator[Report]:
         yield _active
     finally:
         _active = None
-
-
-def assert_no_races(report: Report) -> None:
-    """Fails with the first races of a report."""
-    assert not report.races, "\n".join(map(str, report.races[:5]))
 
 
 def assert_any_order(run: Callable[[], Tensor], *tensors: Tensor, seeds: int = 4) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,9 @@ KINDS = ("load", "store", "atomic")
 
 
 class Access(NamedTuple):
-    """What one instruction of one program touched."""
+    """What one instruction touched."""
 
-    program: int
+    programs: NDArray[Any]  # by which program each byte was touched
     kind: str
     addresses: Addresses  # of the first bytes
     width: int  # bytes
@@ -36,14 +36,30 @@ class Race(NamedTuple):
         return f"{self.kernel}: {' and '.join(self.kinds)} at {self.address:#x} by programs {programs}"
 
 
+class HasRaces(Protocol):
+    """A report of launches."""
+
+    @property
+    def races(self) -> list[Race]:
+        """What ``find_races`` found in them."""
+
+
+def assert_no_races(report: HasRaces) -> None:
+    """Fails with the first races of a report."""
+    assert not report.races, "\n".join(map(str, report.races[:5]))
+
+
 def find_races(kernel: str, accesses: list[Access]) -> list[Race]:
     """Bytes that one program stores plainly and another touches, or that one changes atomically and another loads.
 
     Atomic operations of different programs do not race, though the order of their sums is free.
     """
-    written = frozenset().union(*(access.spans for access in accesses if access.kind != "load"))
+    written: set[int] = set()
+    for access in accesses:
+        if access.kind != "load":
+            written |= access.spans
     accesses = [access for access in accesses if access.spans & written]
-    if len({access.program for access in accesses}) < 2:
+    if not accesses:
         return []
     addresses, programs, kinds = _bytes(accesses)
     order = np.lexsort((programs, addresses))
@@ -68,6 +84,6 @@ def _bytes(accesses: list[Access]) -> tuple[Addresses, NDArray[np.int64], NDArra
         steps = np.arange(0, access.width, granule, dtype=np.uint64)
         each = (access.addresses[:, None] + steps).reshape(-1)
         addresses.append(each)
-        programs.append(np.full(len(each), access.program))
+        programs.append(np.repeat(access.programs.astype(np.int64), len(steps)))
         kinds.append(np.full(len(each), KINDS.index(access.kind), np.int8))
     return np.concatenate(addresses), np.concatenate(programs), np.concatenate(kinds)

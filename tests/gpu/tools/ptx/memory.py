@@ -17,6 +17,7 @@ from gpu.tools.ptx.floats import kind_of
 from gpu.tools.ptx.parsing import Instruction, PTXError
 from gpu.tools.ptx.registers import TYPES, UNSIGNED, Registers, elements, size_of
 from gpu.tools.ptx.shared import SharedMemory
+from gpu.tools.races import Access, Race, find_races
 
 
 @dataclass
@@ -36,30 +37,34 @@ class Statistics:
     loaded: int = 0
     stored: int = 0
     load_widths: Counter[int] = field(default_factory=Counter)
-    _loads: list[tuple[Array, int]] = field(default_factory=list, repr=False)
-    _stores: list[tuple[Array, int]] = field(default_factory=list, repr=False)
+    _accesses: list[Access] = field(default_factory=list, repr=False)
 
     @property
     def loaded_once(self) -> int:
         """Bytes of global memory that were loaded at all."""
-        return _covered(self._loads)
+        return _covered(self._accesses, "store")
 
     @property
     def stored_once(self) -> int:
         """Bytes of global memory that were stored at all."""
-        return _covered(self._stores)
+        return _covered(self._accesses, "load")
+
+    def races(self, kernel: str) -> list[Race]:
+        """Accesses of two blocks to one byte of global memory that no order makes safe."""
+        return find_races(kernel, self._accesses)
 
     def count(self, opcode: str) -> int:
         """How often warps executed instructions whose opcode starts so."""
         return sum(times for name, times in self.instructions.items() if name.startswith(opcode))
 
 
-def _covered(accesses: list[tuple[Array, int]]) -> int:
-    """Bytes in the union of accesses: addresses and their width."""
-    if not accesses:
+def _covered(accesses: list[Access], other: str) -> int:
+    """Bytes in the union of all accesses that are not of the other kind."""
+    mine = [access for access in accesses if access.kind != other]
+    if not mine:
         return 0
-    lows = np.concatenate([addresses for addresses, _ in accesses])
-    highs = np.concatenate([addresses + np.uint64(width) for addresses, width in accesses])
+    lows = np.concatenate([access.addresses for access in mine])
+    highs = np.concatenate([access.addresses + np.uint64(access.width) for access in mine])
     order = np.argsort(lows, kind="stable")
     lows, highs = lows[order], np.maximum.accumulate(highs[order])
     before = np.concatenate((lows[:1], highs[:-1]))
@@ -173,11 +178,11 @@ class Memory:
         if "global" not in instruction.parts:
             raise PTXError(f"unknown space: {instruction.text}")
         mine = addresses[where]
-        self._tensors.locate(mine, width, f"{what}, {instruction.text}")
+        found = self._tensors.locate(mine, width, f"{what}, {instruction.text}")
+        blocks, spans = self._registers.block_number[where], frozenset(np.unique(found).tolist())
+        self._statistics._accesses.append(Access(blocks, what, mine, width, spans))
         if what != "store":
             self._statistics.loaded += len(mine) * width
             self._statistics.load_widths[width] += len(mine)
-            self._statistics._loads.append((mine, width))
         if what != "load":
             self._statistics.stored += len(mine) * width
-            self._statistics._stores.append((mine, width))

@@ -46,6 +46,8 @@ class Registers:
         self.thread = np.tile(np.arange(kernel.threads, dtype=np.uint32), len(blocks))
         self.block = np.repeat(np.arange(len(blocks), dtype=np.uint32), kernel.threads)
         self.lane = self.thread % WARP
+        in_grid = blocks[:, 0] + grid[0] * (blocks[:, 1] + grid[1] * blocks[:, 2])
+        self.block_number = in_grid[self.block]
         self._values = {
             name: np.zeros(self.count, np.bool_ if kind == "pred" else UNSIGNED[int(kind[1:]) // 8])
             for name, kind in kernel.registers.items()
