@@ -56,10 +56,20 @@ def drawn(fit: DelayLawFit, kind: str) -> bytes:
         _draw_residuals(axes[2], group, law, intervals)
         for axis in axes:
             _finish(axis, group)
+        handles = [_handle(axes[0], group, p) for p in _moduli(group.cells)]
         part.suptitle(group.configuration.describe(), color=_INK, fontsize=12, fontweight="bold", x=0.01, ha="left")
+        part.legend(
+            handles=handles, loc="upper right", ncols=6, frameon=False, labelcolor="linecolor", handletextpad=0.1
+        )
     file = io.BytesIO()
     figure.savefig(file, dpi=150, format=kind)
     return file.getvalue()
+
+
+def _handle(axis: Axes, group: GroupFit, p: int) -> Any:
+    """What stands for a modulus in the legend."""
+    color, marker = _look(group, p)
+    return axis.plot([], [], color=color, marker=marker, linestyle="", markersize=6, label=f"p = {p}")[0]
 
 
 def median_interval(cell: Cell, level: float, seed: int) -> tuple[float, float]:
@@ -93,10 +103,6 @@ def _draw_times(axis: Axes, group: GroupFit, intervals: _Intervals) -> None:
     _draw_cells(axis, group, intervals, lambda cell, time: time)
     axis.set_yscale("log")
     _plain_powers(axis)
-    for p in _moduli(group.cells):
-        color, marker = _look(group, p)
-        axis.plot([], [], color=color, marker=marker, linestyle="", markersize=6, label=f"p = {p}")
-    axis.legend(loc="lower right", frameon=False, fontsize=10, labelcolor="linecolor", handletextpad=0.2)
     words = [
         f"{sign} {name}: $\\alpha$ = {law.alpha:.2f}{_in_words(law)}"
         for sign, name, law in (
@@ -214,7 +220,8 @@ def _aside(group: GroupFit, p: int) -> float:
     """How far the points of a modulus stand beside their rho, so that bars do not cover one another."""
     rhos, moduli = sorted({cell.rho for cell in group.cells}), _moduli(group.cells)
     gap = min((b - a for a, b in pairwise(rhos)), default=0.1)
-    return 0.07 * gap * (moduli.index(p) - (len(moduli) - 1) / 2) / max(1, len(moduli) / 3)
+    spread = min(0.2 * gap, 0.05 * (rhos[-1] - rhos[0]))
+    return spread * (moduli.index(p) / (len(moduli) - 1) - 0.5) if len(moduli) > 1 else 0.0
 
 
 def _span(rhos: Sequence[float]) -> Any:
