@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu.tools.accounting import accounting
 from test_grokking_training import MLP, TRANSFORMER, KillAt, Killed, assert_same_run
 from torch import nn
 
@@ -171,6 +172,19 @@ def test_the_path_of_devices_is_that_of_the_host(
     )
     for mine, other in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-15, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("critical_norm", [4.0, {"0.weight": 2.0, "2.weight": 3.0}])
+def test_the_path_of_devices_waits_for_nothing(critical_norm: Any) -> None:
+    model = make_model()
+    clamp = NormClamp(0.5, critical_norm, scope="layer" if isinstance(critical_norm, dict) else "total")
+    matrices: list[torch.Tensor] = [weight for weight in model.parameters() if weight.ndim > 1]
+    norms = torch.tensor([2.0, 3.0, math.sqrt(13.0)], dtype=torch.float64)
+    view = ns.View(1, ns.LifecyclePoint.POST_STEP, {}, model, dict(model.named_parameters()))
+    with accounting() as account, torch.no_grad():
+        targets = clamp._target(["0.weight", "2.weight"], norms)
+        _on_device(targets, norms[:-1] if len(targets) == 2 else norms[-1:], matrices, view)
+    assert account.host_reads == []
 
 
 @pytest.mark.parametrize(

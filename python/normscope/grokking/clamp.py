@@ -154,7 +154,8 @@ class NormClamp(StepIntervention):
             if self._targets is None:
                 self._targets = self.rho * self.critical_norm * norms[:-1] / norms[-1]
             return self._targets.to(norms.device)
-        return torch.tensor(wanted, dtype=torch.float64).to(norms.device, non_blocking=True)
+        # Filled on the device rather than copied to it, which might wait.
+        return torch.stack([torch.full((), norm, dtype=torch.float64, device=norms.device) for norm in wanted])
 
     def state_dict(self) -> dict[str, Any]:
         """What a clamp must know to go on: steps counted, whether it acted, the layers' targets."""
