@@ -180,6 +180,32 @@ def _init_arguments(self: Any, args: Any, kwargs: Any) -> Any:
     return on_host
 
 
+#: Language modules patched for the launch under way, and what undoes it. The stock interpreter patches them again for
+#: every function that a kernel calls, one wrapper around the other, and never undoes those.
+_patched: dict[int, Any] = {}
+
+
+_visible: dict[int, frozenset[int]] = {}
+
+
+def _languages(module: int, function: Any) -> frozenset[int]:
+    """Ids of the language modules that a function's module sees."""
+    if module not in _visible:
+        seen = {id(value) for value in function.__globals__.values()}
+        _visible[module] = frozenset(seen & {id(tl), id(tl.core)})
+    return _visible[module]
+
+
+def _patch_once(function: Any) -> Any:
+    """Patches the language as far as the launch under way has not done so."""
+    visible = _languages(id(function.__globals__), function)
+    if visible <= _patched.keys():
+        return stock._LangPatchScope()
+    scope = _original["_patch_lang"](function)
+    _patched.update(dict.fromkeys(visible, scope))
+    return scope
+
+
 def _launch(self: Any, *args: Any, **kwargs: Any) -> None:
     try:
         with np.errstate(all="ignore"):
@@ -190,6 +216,9 @@ def _launch(self: Any, *args: Any, **kwargs: Any) -> None:
                 raise link from None
         raise
     finally:
+        for scope in dict.fromkeys(reversed(_patched.values())):
+            scope.restore()
+        _patched.clear()
         if _active is not None:
             _active.races += find_races(_active.kernels[-1], _active._accesses)
             _active._accesses.clear()
@@ -280,7 +309,7 @@ def install() -> None:
             },
         ),
         (stock.GridExecutor, {"_init_args_hst": _init_arguments, "__call__": _launch}),
-        (stock, {"_patch_lang_core": _patch_language}),
+        (stock, {"_patch_lang_core": _patch_language, "_patch_lang": _patch_once}),
         (stock.ReduceOps, {"generic_reduce": fast_reductions.reduce}),
         (stock.ScanOps, {"generic_scan": fast_reductions.scan}),
     ]
