@@ -13,8 +13,8 @@ from normscope.grokking import GrokConfig, NormGuidedDecay, train
 CRITICAL_NORM = 54.5  # of the free run at p = 59 and a training fraction of 0.4
 
 
-def t_grok(seed: int, budget: int, guide: NormGuidedDecay | None) -> int | None:
-    config = GrokConfig(p=59, seed=seed, max_steps=budget, observe=())
+def t_grok(seed: int, budget: int, decay: float = 1.0, guide: NormGuidedDecay | None = None) -> int | None:
+    config = GrokConfig(p=59, seed=seed, max_steps=budget, weight_decay=decay, observe=())
     return train(config, interventions=[guide] if guide else []).transitions.t_grok
 
 
@@ -24,12 +24,14 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=12_000)
     parser.add_argument("--gain", type=float, default=8.0)
     parser.add_argument("--most", type=float, default=10.0)
+    parser.add_argument("--constant", type=float, default=1.0, help="the constant decay; the guided one has base 1")
     parser.add_argument("--rho", type=float, default=0.85, help="the target is rho * W_c")
     options = parser.parse_args()
     ratios = []
     for seed in range(options.seeds):
         guide = NormGuidedDecay(CRITICAL_NORM, rho=options.rho, gain=options.gain, most=options.most)
-        constant, guided = t_grok(seed, options.budget, None), t_grok(seed, options.budget, guide)
+        constant = t_grok(seed, options.budget, options.constant)
+        guided = t_grok(seed, options.budget, guide=guide)
         line = f"seed {seed}: T_grok {constant} with constant decay, {guided} with guided decay"
         if constant and guided:
             ratios.append(guided / constant)
