@@ -75,6 +75,15 @@ def test_files_are_written_and_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (tmp_path / "law.png").stat().st_size > 50_000
 
 
+def test_rows_of_several_files_count_once(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"p": 59, "rho": 0.85, "lr": lr, "t_grok": t} for lr, t in ((1e-3, PUBLISHED[0.85]), (8e-3, 598))]
+    code, out, err = run("fit", published, write(tmp_path / "lr.csv", rows), "--json", "-", capsys=capsys)
+    assert (code, err) == (0, "")
+    content = json.loads(out)
+    assert content["groups"][0]["cells"][0]["times"] == [1495.0]
+    assert [effect["ratio"] for effect in content["effects"] if effect["of"] == "lr"] == [2.5]
+
+
 def test_json_on_standard_output_is_alone(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run("fit", published, "--json", "-", "--distribution", "weibull", capsys=capsys)
     assert (code, err) == (0, "")

@@ -17,6 +17,7 @@ from normscope.grokking import DelayLawError, SweepRow, fit_delay_law
 from normscope.grokking.delay_law_bootstrap import bootstrap, fit_medians, runs_of
 from normscope.grokking.delay_law_data import Cell, cells_of
 from normscope.grokking.delay_law_fit import DISTRIBUTIONS, maximum_likelihood
+from normscope.grokking.delay_law_plot import drawn
 from normscope.grokking.sweep_results import write_rows
 
 #: Medians at p = 59, lr 1e-3, weight decay 1 (Truong et al. 2026, arXiv 2606.13753).
@@ -294,6 +295,17 @@ def test_effects_of_rho_and_learning_rate() -> None:
     of_lr = effects["lr", 59, 0.85]
     assert (of_lr.shortest_at, of_lr.longest_at, of_lr.ratio, of_lr.is_bound) == (4e-3, 1e-3, 3.0, False)
     assert len(effects) == 2
+
+
+def test_learning_rates_are_compared_without_a_law() -> None:
+    rows = [{"p": 59, "lr": lr, "rho": 0.85, "t_grok": t} for lr, t in ((1e-3, 1500), (8e-3, 600))]
+    fit = fit_delay_law(rows)
+    assert [(effect.of, effect.ratio) for effect in fit.effects] == [("lr", 2.5)]
+    assert len(fit.skipped) == 2
+    with pytest.raises(DelayLawError, match="two values of rho"):
+        _ = fit.only
+    with pytest.raises(DelayLawError, match="no law to draw"):
+        drawn(fit, "png")
 
 
 def test_each_configuration_has_its_own_fit() -> None:

@@ -19,8 +19,9 @@ _HOW = "How it is fitted"
 
 
 def fit(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="The CSV file of a sweep, a row for each run.", show_default=False)
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="CSV files of sweeps, a row for each run.", show_default=False),
     ],
     distribution: Annotated[
         str,
@@ -51,18 +52,20 @@ def fit(
     Twice: by least squares on the logarithms of the medians of the runs that grokked, as published, and by maximum
     likelihood over all runs, where one that did not grok counts as T_grok > budget. Intervals are from drawing the runs
     of each cell (p, rho) again. Runs that differ in model, task, learning rate, weight decay or training fraction are
-    fitted apart; free runs are left out.
+    fitted apart; free runs are left out. A row that is in several files counts once.
 
     **Examples**
 
     - `normscope fit sweep.csv --plot law.png`
+    - `normscope fit lr.csv rho.csv`
     - `normscope fit sweep.csv --distribution weibull --json - | jq '.groups[].likelihood.alpha'`
     """
-    from normscope.grokking import fit_delay_law
+    from normscope.grokking import fit_delay_law, read_rows
 
     _prepare(json, plot)
-    found = fit_delay_law(file, distribution=distribution, level=level, draws=draws, seed=seed)
-    _hand_out(file, found, json, plot)
+    rows = dict.fromkeys(row for file in files for row in read_rows(file))
+    found = fit_delay_law(rows, distribution=distribution, level=level, draws=draws, seed=seed)
+    _hand_out(", ".join(map(str, files)), found, json, plot)
 
 
 def _prepare(json: Path | None, plot: Path | None) -> None:
@@ -76,20 +79,20 @@ def _prepare(json: Path | None, plot: Path | None) -> None:
         output.prepare(plot)
 
 
-def _hand_out(file: Path, found: DelayLawFit, json: Path | None, plot: Path | None) -> None:
+def _hand_out(source: str, found: DelayLawFit, json: Path | None, plot: Path | None) -> None:
     """Write the files, and show the rest unless the JSON is standard output."""
     from normscope.cli import output
     from normscope.cli.fit_show import show
 
     if json is not None:
-        text = json_module.dumps(_jsonable({"file": str(file), **found.to_dict()}), allow_nan=False)
+        text = json_module.dumps(_jsonable({"file": source, **found.to_dict()}), allow_nan=False)
         output.write(json, f"{text}\n".encode())
     if plot is not None:
         from normscope.grokking.delay_law_plot import drawn
 
         output.write(plot, drawn(found, plot.suffix.lstrip(".")))
     if str(json) != "-":
-        show(str(file), found, [str(path) for path in (json, plot) if path is not None])
+        show(source, found, [str(path) for path in (json, plot) if path is not None])
     sys.stdout.flush()
 
 

@@ -104,8 +104,10 @@ class DelayLawFit:
         """The fit, where there is one configuration.
 
         Raises:
-            DelayLawError: there are several.
+            DelayLawError: there are several, or only effects.
         """
+        if not self.groups:
+            raise DelayLawError(next(iter(self.skipped.values())))
         if len(self.groups) > 1:
             raise DelayLawError(f"there are {len(self.groups)} configurations: choose one of groups")
         return self.groups[0]
@@ -142,7 +144,8 @@ def fit_delay_law(
         seed: of the draws.
 
     Raises:
-        DelayLawError: no configuration has a modulus with two values of rho at which a run grokked.
+        DelayLawError: no configuration has a modulus with two values of rho at which a run grokked, and no learning
+            rates can be compared either.
         SweepFileError: the file cannot be read.
         MissingExtraError: scipy is not installed.
 
@@ -169,11 +172,12 @@ def fit_delay_law(
             skipped[configuration] = missing
         else:
             groups.append(_fit_group(configuration, cells, distribution, level, draws, seed))
-    if not groups:
+    effects = tuple(effects_of(found))
+    if not groups and not effects:
         configuration, missing = next(iter(skipped.items()))
         more = f" (and {len(skipped) - 1} other configurations)" if len(skipped) > 1 else ""
         raise DelayLawError(f"{configuration.describe()}{more}: {missing}")
-    return DelayLawFit(tuple(groups), skipped, tuple(effects_of(found)), distribution, level, draws, seed)
+    return DelayLawFit(tuple(groups), skipped, effects, distribution, level, draws, seed)
 
 
 def _what_is_missing(cells: Sequence[Cell]) -> str | None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from normscope.errors import require
 from normscope.grokking.delay_law import DelayLawFit, GroupFit, LawEstimate
-from normscope.grokking.delay_law_data import Cell
+from normscope.grokking.delay_law_data import Cell, DelayLawError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,8 +40,11 @@ def drawn(fit: DelayLawFit, kind: str) -> bytes:
     budget, an open point with an arrow stands at what it is above.
 
     Raises:
+        DelayLawError: there is no law, only effects.
         MissingExtraError: matplotlib is not installed.
     """
+    if not fit.groups:
+        raise DelayLawError(f"there is no law to draw: {next(iter(fit.skipped.values()))}")
     figure_module = require("matplotlib.figure", "lab")
     rows = len(fit.groups)
     figure: Figure = figure_module.Figure(figsize=(13.5, 4.4 * rows), layout="constrained")
