@@ -1,4 +1,4 @@
-"""``normscope grok``: train modular addition, watch it, draw it."""
+"""``normscope grok``: train a small network on arithmetic modulo p or on parity, watch it, draw it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from normscope.cli.grok_clamp import Clamping, critical_norm_in, critical_norm_of, resumed_interventions
+from normscope.cli.options import ParityBits, ParityExamples, ParityRelevant
 
 if TYPE_CHECKING:
     from normscope.grokking import GrokConfig
@@ -26,9 +27,18 @@ def grok(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="[mlp|transformer|attention]",
+            metavar="[mlp|transformer|attention|attention-layernorm]",
             help="mlp: one hidden layer, all pairs at once. transformer: 2 layers, mini-batches. attention: one layer "
-            "of 4 heads, all pairs at once. Default: mlp.",
+            "of 4 heads, all pairs at once; attention-layernorm: the same with LayerNorm. Default: mlp.",
+            show_default=False,
+            rich_help_panel=_TASK,
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[addition|subtraction|multiplication|parity]",
+            help="Arithmetic modulo p, or the parity of a few bits of random strings (mlp only). Default: addition.",
             show_default=False,
             rich_help_panel=_TASK,
         ),
@@ -127,12 +137,15 @@ def grok(
             rich_help_panel=_NORM,
         ),
     ] = None,
+    bits: ParityBits = None,
+    relevant: ParityRelevant = None,
+    examples: ParityExamples = None,
     observe: Annotated[
         str | None,
         typer.Option(
             metavar="LIST",
             help="What to record beside the norm: norms, weight_tracking, token_gradient, norm_trajectory (needs "
-            "attention), all, none. Default: all, transformer all but norm_trajectory.",
+            "attention), fourier_concentration, logit_scale, all, none. Default: the first three, attention four.",
             show_default=False,
             rich_help_panel=_RUN,
         ),
@@ -181,11 +194,16 @@ def grok(
     - `normscope grok --resume runs/mine --max-steps 100000`
     - `normscope grok --model transformer --p 9973 --ordering stride`
     - `normscope grok --model attention --p 113 --train-fraction 0.3`
+    - `normscope grok --task multiplication`
     - `normscope grok --critical-norm runs/mlp-p59-seed0 --seed 1`
     - `normscope grok --clamp-rho 0.85 --critical-norm 54.5 --clamp-start 150`
     """
     settings: dict[str, Any] = {
         "model": model,
+        "task": task,
+        "bits": bits,
+        "relevant": relevant,
+        "examples": examples,
         "p": p,
         "seed": seed,
         "train_fraction": train_fraction,
@@ -210,7 +228,7 @@ def _run(given: dict[str, Any], clamping: Clamping, out: Path | None, resume: Pa
 
     interventions: Sequence[Intervention]
     if resume is None:
-        config = GrokConfig(**_parsed(given, "mlp"))
+        config = GrokConfig(**_parsed(given, "mlp", "addition"))
         interventions = clamping.interventions()
         folder = out or Path("runs") / f"{config.name}{clamping.suffix}"
     elif out is not None:
@@ -226,13 +244,13 @@ def _run(given: dict[str, Any], clamping: Clamping, out: Path | None, resume: Pa
     return 128 + caught[0] if run.stop is Stop.INTERRUPTED else 0
 
 
-def _parsed(given: dict[str, Any], model: str) -> dict[str, Any]:
-    """The settings with the names in ``observe`` as a tuple; ``model`` is that of the run if none is given."""
+def _parsed(given: dict[str, Any], model: str, task: str) -> dict[str, Any]:
+    """The settings with the names in ``observe`` as a tuple; ``model`` and ``task`` are the run's if none is given."""
     from normscope.grokking.config import parse_observers
 
     if "observe" not in given:
         return given
-    return given | {"observe": parse_observers(given["observe"], given.get("model", model))}
+    return given | {"observe": parse_observers(given["observe"], given.get("model", model), given.get("task", task))}
 
 
 def _resumed(folder: Path, given: dict[str, Any]) -> GrokConfig:
@@ -245,7 +263,7 @@ def _resumed(folder: Path, given: dict[str, Any]) -> GrokConfig:
     from normscope.grokking.run_folder import describe_differences
 
     found = RunFolder(folder).read_config()
-    config = replace(found, **_parsed(given, found.model))
+    config = replace(found, **_parsed(given, found.model, found.task))
     differences = found.differences(config)
     if differences:
         raise RunFolderError(

@@ -81,8 +81,8 @@ class GrokDisplay(Progress):
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
         train, test = trainer.split.train, trainer.split.test
         self._console.print(
-            f"[bold](a + b) mod {self._config.p}[/]: {self._config.model} of {parameters:,} parameters, "
-            f"{len(train):,} training and {len(test):,} test pairs, seed {self._config.seed}",
+            f"[bold]{self._config.title}[/]: {self._config.model} of {parameters:,} parameters, "
+            f"{len(train):,} training and {len(test):,} test examples, seed {self._config.seed}",
             soft_wrap=True,
         )
         self._print("run folder", str(self._folder.path))
