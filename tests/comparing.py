@@ -5,32 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-EPS = torch.finfo(torch.float64).eps
+from normscope.doctor.comparing import EPS, SUM_ULPS, Difference, difference, stats_difference
+from normscope.stats import Stats
+
+__all__ = ["EPS", "SUM_ULPS", "assert_close", "assert_same_stats", "bits"]
+
+
+def _assert_within_bound(found: Difference) -> None:
+    if not found.ratio <= 1.0:
+        raise AssertionError(found.text)
 
 
 def assert_close(actual: Tensor, expected: Tensor, *, ulps: float, scale: Tensor | float | None = None) -> None:
     """Fail unless every ``abs(actual - expected) <= ulps * eps * scale``; NaN and inf must stand in the same places.
 
-    Args:
-        actual: float64.
-        expected: float64, of the same shape.
-        ulps: bound in units of float64's eps.
-        scale: what rounding errors are relative to; by default ``abs(expected)``. For sums with cancellation pass the
-            sum of the magnitudes.
+    The arguments are those of :func:`normscope.doctor.comparing.difference`.
     """
-    assert actual.dtype == expected.dtype == torch.float64, f"{actual.dtype} against {expected.dtype}"
-    assert actual.shape == expected.shape, f"{tuple(actual.shape)} against {tuple(expected.shape)}"
-    finite = expected.isfinite()
-    same = torch.where(expected.isnan(), actual.isnan(), actual == expected)
-    bound = ulps * EPS * (expected.abs() if scale is None else torch.as_tensor(scale, dtype=torch.float64))
-    error = torch.where(finite, (actual - expected).abs(), 0.0)
-    ok = torch.where(finite, error <= bound, same)
-    if not bool(ok.all()):
-        first = int((~ok.reshape(-1)).nonzero()[0])
-        raise AssertionError(
-            f"element {first}: {actual.reshape(-1)[first].item()!r}, expected {expected.reshape(-1)[first].item()!r}, "
-            f"bound {bound.broadcast_to(expected.shape).reshape(-1)[first].item():.3g}"
-        )
+    _assert_within_bound(difference(actual, expected, ulps=ulps, scale=scale))
+
+
+def assert_same_stats(actual: Stats, expected: Stats, magnitude_of_dot: Tensor | float) -> None:
+    """Fail unless two fused passes agree; ``magnitude_of_dot`` is the sum of abs(g_i W_i)."""
+    _assert_within_bound(stats_difference(actual, expected, magnitude_of_dot))
 
 
 def bits(tensor: Tensor) -> list[int]:

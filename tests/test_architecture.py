@@ -33,14 +33,14 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("observer", "pending", "accumulate", "unchanged", "functional", "trajectory", "trajectory_plot"),
     ("observers", "shared_pass"),
     ("monitor",),
-    ("integrations", "grokking"),
+    ("integrations", "grokking", "doctor"),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 #: Sinks stand beside all this: whoever has records can write them.
 SINKS_MAY_IMPORT = {"record", "errors", "sinks"}
 #: Rooms that are users of the rest, and so may import sinks and the public names.
-WRITERS = {"grokking", "cli", "integrations"}
+WRITERS = {"grokking", "doctor", "cli", "integrations"}
 
 OPTIONAL = ("rich", "typer", "matplotlib", "tensorboard", "torch.utils.tensorboard", "scipy", "safetensors", "pyarrow")
 #: The public names that a reader of the design expects, as far as they exist in this version.
@@ -175,7 +175,7 @@ assert before == (torch.get_num_threads(), threading.active_count(), torch.get_r
 loaded = [name for name in sys.modules if name.split(".")[0] in {OPTIONAL!r} or name in {OPTIONAL!r}]
 assert not loaded, loaded
 ours = sorted(name for name in sys.modules if name.startswith("normscope."))
-assert not [name for name in ours if name.split(".")[1] in ("cli", "grokking", "integrations", "_core")], ours
+assert not [name for name in ours if name.split(".")[1] in ("cli", "doctor", "grokking", "integrations", "_core")], ours
 print("light")
 """
     assert run_python(script) == "light\n"

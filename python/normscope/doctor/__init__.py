@@ -1,0 +1,1 @@
+"""Whether this machine computes what the reference says, operation by operation."""

@@ -1,0 +1,130 @@
+"""How far results are from the reference, in units of what rounding explains."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normscope.ops.contract import scaled
+from normscope.stats import RANGE_SHIFT, Energies, Stats
+
+EPS = torch.finfo(torch.float64).eps
+
+# Sums run in lanes over short chunks with compensated or pairwise merging: at most 512 additions in a row, against the
+# pairwise sums of the reference. Rounding errors of that many additions stay far below this.
+SUM_ULPS = 64
+#: Singular values are within the first of the largest one, the largest within the second of itself.
+VALUE_BOUND, TOP_BOUND = 1e-10, 1e-12
+
+
+class Difference(NamedTuple):
+    """The largest error of some values.
+
+    Attributes:
+        ratio: error over bound: at most 1 where the values are right, infinite where no error can be stated.
+        text: the values it was found at.
+    """
+
+    ratio: float
+    text: str
+
+
+NONE = Difference(0.0, "")
+
+
+def difference(
+    actual: Tensor, expected: Tensor, *, ulps: float, scale: Tensor | float | None = None, name: str = "element"
+) -> Difference:
+    """The worst of ``abs(actual - expected) / (ulps * eps * scale)``.
+
+    Args:
+        actual: float64.
+        expected: float64, of the same shape.
+        ulps: bound in units of float64's eps.
+        scale: what rounding errors are relative to; by default ``abs(expected)``. For sums with cancellation pass the
+            sum of the magnitudes.
+        name: what one value is called.
+
+    Example:
+        >>> one = torch.ones(2, dtype=torch.float64)
+        >>> difference(one * (1 + 4 * EPS), one, ulps=4).ratio
+        1.0
+        >>> difference(one * math.nan, one, ulps=4)
+        Difference(ratio=inf, text='element 0: nan, expected 1.0, bound 8.88e-16')
+    """
+    if actual.dtype != torch.float64 or expected.dtype != torch.float64:
+        return Difference(math.inf, f"{name}: {actual.dtype} against {expected.dtype}")
+    if actual.shape != expected.shape:
+        return Difference(math.inf, f"{name}: {tuple(actual.shape)} against {tuple(expected.shape)}")
+    if not actual.numel():
+        return NONE
+    actual = actual.to(expected.device)
+    bound = ulps * EPS * (expected.abs() if scale is None else torch.as_tensor(scale, dtype=torch.float64))
+    same = torch.where(expected.isnan(), actual.isnan(), actual == expected)
+    ratio = torch.where(same, 0.0, (actual - expected).abs() / bound)
+    ratio = torch.where(same | expected.isfinite(), ratio, math.inf).nan_to_num(nan=math.inf, posinf=math.inf)
+    worst = int(ratio.reshape(-1).argmax())
+    return Difference(
+        float(ratio.reshape(-1)[worst]),
+        f"{name} {worst}: {actual.reshape(-1)[worst].item()!r}, expected {expected.reshape(-1)[worst].item()!r}, "
+        f"bound {bound.broadcast_to(expected.shape).reshape(-1)[worst].item():.3g}",
+    )
+
+
+def worst_of(*found: Difference) -> Difference:
+    """The one with the largest ratio."""
+    return max(found, key=lambda each: each.ratio, default=NONE)
+
+
+def dot(stats: Stats) -> Tensor:
+    """The dot products put together from their three columns, where float64 can hold them."""
+    half = 2.0 ** (RANGE_SHIFT // 2)
+    large, small = stats.column("dot_large"), stats.column("dot_small")
+    return stats.column("dot") + large * half * half + small / half / half
+
+
+def stats_difference(actual: Stats, expected: Stats, magnitude_of_dot: Tensor | float) -> Difference:
+    """The worst difference of two fused passes; ``magnitude_of_dot`` is the sum of abs(g_i W_i)."""
+    if actual.energies.keys() != expected.energies.keys():
+        return Difference(math.inf, f"energies of {[*actual.energies]}, expected those of {[*expected.energies]}")
+    return worst_of(
+        *(
+            difference(actual.roots(name), expected.roots(name), ulps=SUM_ULPS, name=f"root of {name}, tensor")
+            for name in ("sum_squares", "weight_squares")
+        ),
+        difference(actual.column("sum_abs"), expected.column("sum_abs"), ulps=SUM_ULPS, name="sum_abs, tensor"),
+        *(
+            difference(actual.column(name), expected.column(name), ulps=0, name=f"{name}, tensor")
+            for name in ("max_abs", "nonfinite", "count")
+        ),
+        difference(dot(actual), dot(expected), ulps=SUM_ULPS, scale=magnitude_of_dot, name="dot, tensor"),
+        *(energies_difference(actual.energies[index], each) for index, each in expected.energies.items()),
+    )
+
+
+def energies_difference(actual: Energies, expected: Energies) -> Difference:
+    """The worst difference of row energies, whichever powers of two were taken out of them."""
+    exponent = 2 * (int(expected.exponent) - int(actual.exponent))
+    finite = expected.values[expected.values.isfinite()]
+    # What counts as zero beside the largest energy.
+    smallest = float(finite.max()) * 2.0**-900 / EPS if finite.numel() else 0.0
+    values = scaled(actual.values, exponent) if exponent else actual.values
+    scale = expected.values.abs() + smallest
+    return difference(values, expected.values, ulps=SUM_ULPS, scale=scale, name="energy of row")
+
+
+def spectrum_difference(actual: Tensor, expected: Tensor) -> Difference:
+    """The worst difference of singular values, float64, descending."""
+    if actual.shape != expected.shape or not expected.numel():
+        return difference(actual, expected, ulps=0, name="singular value")
+    # Sub-normal results have no relative precision left.
+    slack = 8 * torch.finfo(torch.float64).smallest_normal * EPS
+    largest = expected[0].abs()
+    all_values, top = largest + slack / VALUE_BOUND, largest + slack / TOP_BOUND
+    return worst_of(
+        difference(actual, expected, ulps=VALUE_BOUND / EPS, scale=all_values, name="singular value"),
+        difference(actual[:1], expected[:1], ulps=TOP_BOUND / EPS, scale=top, name="largest singular value"),
+    )
