@@ -28,19 +28,20 @@ THREADS = 32 * WARPS
 #: Part rows that the merging kernel adds at once, and its warps.
 MERGED_AT_ONCE, MERGING_WARPS = 256, 8
 #: Up to so many parts, one program may merge them all beside those that merge each tensor's.
-_MERGED_BY_ONE = 4_096
+MERGED_BY_ONE = 4_096
 
 #: The default differs between versions of Triton; sums of products are fused in all of them.
 FUSED: dict[str, Any] = {"enable_fp_fusion": True}
 
 
-def settings_of(dtype: torch.dtype) -> dict[str, Any]:
+def settings_of(dtype: torch.dtype, *, narrow: bool = False) -> dict[str, Any]:
     """Options of a launch that sums elements of that type.
 
-    The most registers a thread may take leave room for 4 programs a multiprocessor for the 2-byte types, whose loads
-    bring twice the elements, and for 5 for the others. Left to itself ptxas aims at more programs, and spills.
+    The most registers a thread may take leave room for 5 programs a multiprocessor, or 4 where the loads of 2-byte
+    types bring more elements, or narrow ones need more addresses. Left to itself ptxas aims at more programs, and
+    spills.
     """
-    registers = 128 if dtype.itemsize == 2 else 96
+    registers = 128 if narrow or dtype.itemsize == 2 else 96
     return {"num_warps": WARPS, **FUSED, **({} if torch.version.hip else {"maxnreg": registers})}
 
 
@@ -50,8 +51,20 @@ def lanes_of(dtype: torch.dtype) -> int:
 
 
 def unroll_of(kind: Kind) -> int:
-    """Loads that a thread has under way at once, of each tensor."""
-    return 4 if kind.weight is None else 2
+    """Loads that a thread has under way at once, of each tensor; those that are not aligned are several anyway."""
+    return 1 if not kind.aligned else 4 if kind.weight is None else 2
+
+
+def constants_of(kind: Kind) -> dict[str, Any]:
+    """What ``chunk_pass`` is compiled for."""
+    return {
+        "GRADIENT": TYPES[kind.gradient],
+        "WEIGHT": TYPES[kind.weight or kind.gradient],
+        "HAS_WEIGHT": kind.weight is not None,
+        "ALIGNED": kind.aligned,
+        "LANES": lanes_of(kind.gradient),
+        "UNROLL": unroll_of(kind),
+    }
 
 
 class Tile(NamedTuple):
@@ -62,21 +75,34 @@ class Tile(NamedTuple):
     groups: int
     even: bool
     divisor: int
+    narrow: bool
 
     @property
     def rows_of_program(self) -> int:
         return self.rows * self.groups
 
+    def constants(self, width: int) -> dict[str, Any]:
+        """What ``table_pass`` is compiled for."""
+        return {
+            "DIVISOR": self.divisor,
+            "EVEN": self.even,
+            "ROWS": self.rows,
+            "COLUMNS": self.columns,
+            "GROUPS": self.groups,
+            "OFFSET": tl.int32 if self.rows_of_program * width < 2**31 else tl.int64,
+        }
+
 
 def tile_of(rows: int, width: int, dtype: torch.dtype, has_weight: bool = False) -> Tile:
     """The tile for a table: as many columns as divide its width, so that no load in it needs a mask."""
-    elements = lanes_of(dtype) * (1 if has_weight else 2)
     divisor = width & -width  # the largest power of two that divides it
+    narrow = divisor * dtype.itemsize < WIDEST_LOAD
+    elements = min(lanes_of(dtype) * (1 if has_weight else 2), 4 * THREADS if narrow else 16 * THREADS)
     even = divisor >= 64 or divisor == width
     columns = min(divisor if even else triton.next_power_of_2(width), 512, elements)
     tile_rows = elements // columns
     groups = max(1, min(chunk_of(rows * width) // (tile_rows * width), -(-rows // tile_rows)))
-    return Tile(tile_rows, columns, groups, even, min(divisor, WIDEST_LOAD))
+    return Tile(tile_rows, columns, groups, even, min(divisor, WIDEST_LOAD), narrow)
 
 
 def guard(device: torch.device) -> AbstractContextManager[object]:
@@ -215,12 +241,7 @@ def _run_chunks(there: _Tables, runs: Sequence[Run], parts: Tensor, device: torc
             there.slot_of_chunk,
             parts,
             launch.first,
-            GRADIENT=TYPES[kind.gradient],
-            WEIGHT=TYPES[kind.weight or kind.gradient],
-            HAS_WEIGHT=kind.weight is not None,
-            ALIGNED=kind.aligned,
-            LANES=lanes_of(kind.gradient),
-            UNROLL=unroll_of(kind),
+            **constants_of(kind),
             **settings_of(kind.gradient),
         )
 
@@ -239,13 +260,8 @@ def _run_table(table: TokenTable, tile: Tile, programs: int, parts: Tensor, firs
         rows,
         width // tile.divisor,
         HAS_WEIGHT=weight is not None,
-        DIVISOR=tile.divisor,
-        EVEN=tile.even,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        GROUPS=tile.groups,
-        OFFSET=tl.int32 if tile.rows_of_program * width < 2**31 else tl.int64,
-        **settings_of(gradient.dtype),
+        **tile.constants(width),
+        **settings_of(gradient.dtype, narrow=tile.narrow),
     )
     return energies
 
@@ -254,7 +270,7 @@ def _merge(there: _Tables, parts: Tensor, sums: Tensor, rows: int) -> None:
     """One launch merges the parts of each tensor and all of them, unless those are too many for one program."""
     settings = {"COLUMNS": len(COLUMNS), "BLOCK": MERGED_AT_ONCE, "num_warps": MERGING_WARPS, **FUSED}
     stride = kernels.PADDED.value
-    if there.plan.parts <= _MERGED_BY_ONE:
+    if there.plan.parts <= MERGED_BY_ONE:
         kernels.merge_parts[(rows + 1,)](parts, there.ranges, sums, STRIDE=stride, **settings)
         return
     kernels.merge_parts[(rows,)](parts, there.ranges, sums, STRIDE=stride, **settings)

@@ -27,9 +27,9 @@ RANKED_UP_TO = 16 * BLOCK
 #: Columns of a block's partial results: sum of energies and of norms, each a double-double; Gini terms; not finite.
 _PARTIALS: tl.constexpr = tl.constexpr(8)
 #: Elements that find their rank in one program.
-_RANKED_AT_ONCE = 256
+RANKED_AT_ONCE = 256
 #: Elements of a tile of the group sums, and group means that are summed up at once.
-_TILE = 2_048
+TILE = 1_024
 
 _KEEPS_TIES: tl.constexpr = tl.constexpr(1.0 - TIE_SLACK)
 
@@ -221,24 +221,24 @@ def _ordered(energies: Tensor, block: int) -> Tensor:
         return torch.sort(energies, descending=True).values
     blocks = -(-count // block)
     ordered = torch.empty(blocks * block, dtype=torch.float64, device=energies.device)
-    sort_blocks[(blocks,)](energies, ordered, count, BLOCK=block, num_warps=_warps(block), **FUSED)
+    sort_blocks[(blocks,)](energies, ordered, count, BLOCK=block, num_warps=warps_of(block), **FUSED)
     if blocks == 1:
         return ordered
     ranked = torch.empty_like(ordered)
-    rank_elements[(blocks * block // _RANKED_AT_ONCE,)](
+    rank_elements[(blocks * block // RANKED_AT_ONCE,)](
         ordered,
         ranked,
         blocks,
         BLOCK=block,
         STEPS=block.bit_length() - 1,
-        LANES=_RANKED_AT_ONCE,
-        num_warps=_RANKED_AT_ONCE // 32,
+        LANES=RANKED_AT_ONCE,
+        num_warps=RANKED_AT_ONCE // 32,
         **FUSED,
     )
     return ranked
 
 
-def _warps(block: int) -> int:
+def warps_of(block: int) -> int:
     return block // 256
 
 
@@ -248,7 +248,7 @@ def _group_means(energies: Tensor, stride: int) -> Tensor:
     means = torch.empty(groups, dtype=torch.float64, device=energies.device)
     columns = min(triton.next_power_of_2(groups), 512)
     mean_groups[(-(-groups // columns),)](
-        energies, means, count, groups, groups, ROWS=_TILE // columns, GROUPS=columns, num_warps=4, **FUSED
+        energies, means, count, groups, groups, ROWS=TILE // columns, GROUPS=columns, num_warps=4, **FUSED
     )
     return means
 
@@ -273,7 +273,7 @@ def launch_order_statistics(
         ordered = _ordered(given, block)
         partials = torch.empty((blocks, _PARTIALS.value), dtype=torch.float64, device=device)
         sum_blocks[(blocks,)](
-            ordered, partials, count, POWER=energy_power, BLOCK=block, num_warps=_warps(block), **FUSED
+            ordered, partials, count, POWER=energy_power, BLOCK=block, num_warps=warps_of(block), **FUSED
         )
         means = values if stride is None else _group_means(given, stride)
         finish[(1,)](
@@ -291,8 +291,8 @@ def launch_order_statistics(
             HAS_GROUPS=stride is not None,
             BLOCK=block,
             BLOCKS=triton.next_power_of_2(blocks),
-            LANES=_TILE,
-            num_warps=_warps(block),
+            LANES=TILE,
+            num_warps=warps_of(block),
             **FUSED,
         )
     if isinstance(energies.exponent, Tensor) or energies.exponent:

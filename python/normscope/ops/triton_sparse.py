@@ -13,13 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from normscope.ops import triton_launch
 from normscope.ops.contract import rows_of
 from normscope.ops.triton_fused_pass import PADDED, add, merge_parts, no_sizes, store_part, zeros
-from normscope.ops.triton_launch import FUSED, MERGED_AT_ONCE, MERGING_WARPS, guard, launch_pass, table_of
+from normscope.ops.triton_launch import FUSED, MERGED_AT_ONCE, MERGING_WARPS, guard, table_of
 from normscope.ops.triton_plan import Run
 from normscope.stats import COLUMN_INDEX, COLUMNS
 
-_COLUMNS = 512  # elements of a row that are added up at once
+#: Elements of a row that are added up at once.
+COLUMNS_AT_ONCE = 512
 _PADDED: tl.constexpr = tl.constexpr(PADDED.value)
 
 
@@ -130,7 +132,7 @@ def launch_sparse_pass(gradient: Tensor, weight: Tensor | None) -> tuple[Tensor,
                 stored,
                 width,
                 HAS_WEIGHT=weight is not None,
-                COLUMNS=_COLUMNS,
+                COLUMNS=COLUMNS_AT_ONCE,
                 num_warps=4,
                 **FUSED,
             )
@@ -151,7 +153,9 @@ def launch_sparse_pass(gradient: Tensor, weight: Tensor | None) -> tuple[Tensor,
     sums[COLUMN_INDEX["count"]] = gradient.numel()
     if weight is not None and weight.numel():
         first = COLUMN_INDEX["weight_squares"]
-        sums[first : first + 3] = launch_pass([Run(0, weight.contiguous(), None)], (), 1, device)[0][0, :3]
+        sums[first : first + 3] = triton_launch.launch_pass([Run(0, weight.contiguous(), None)], (), 1, device)[0][
+            0, :3
+        ]
     return sums, energies
 
 

@@ -1,0 +1,28 @@
+"""Lets checked memory include what the fused pass reads through a table of addresses: the runs themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from normscope.ops import triton_launch
+from normscope.ops.triton_plan import Run
+
+
+@contextmanager
+def runs_of_passes(watch: Callable[..., None]) -> Iterator[None]:
+    """``watch(*tensors)`` is called with the tensors of each pass before it is launched, copies of strided ones too."""
+    original = triton_launch.launch_pass
+
+    def launch_pass(runs: Sequence[Run], *rest: Any) -> tuple[Tensor, dict[int, Tensor]]:
+        watch(*(tensor for run in runs for tensor in (run.gradient, run.weight) if tensor is not None))
+        return original(runs, *rest)
+
+    triton_launch.launch_pass = launch_pass
+    try:
+        yield
+    finally:
+        triton_launch.launch_pass = original
