@@ -27,9 +27,9 @@ except _PackageNotFoundError:  # a source tree that was never installed
 
 
 def __getattr__(name: str) -> _ModuleType:
-    """``ns.grokking``, imported when it is first asked for."""
-    if name == "grokking":
-        return _import_module("normscope.grokking")
+    """``ns.doctor`` and ``ns.grokking``, imported when they are first asked for."""
+    if name in ("doctor", "grokking"):
+        return _import_module(f"normscope.{name}")
     raise AttributeError(f"module 'normscope' has no attribute {name!r}")
 
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from normscope.cli.doctor import doctor
 from normscope.cli.fit import fit
 from normscope.cli.grok import grok
 from normscope.cli.sweep import sweep
@@ -23,7 +24,7 @@ def normscope(
     """Watch norms, token gradients and spectra of a PyTorch model while it trains.
 
     Start with `normscope grok`: it trains a small network until it groks and draws what happened. `normscope weights`
-    and `normscope trajectory` read a checkpoint.
+    and `normscope trajectory` read a checkpoint. `normscope doctor` checks that all of it is right on this machine.
     """
     if version:
         from normscope import __version__
@@ -33,6 +34,7 @@ def normscope(
         print(context.get_help())
 
 
+app.command()(doctor)
 app.command()(fit)
 app.command()(grok)
 app.command()(sweep)

@@ -182,3 +182,11 @@ ENERGIES: dict[str, Tensor] = {
     "inf": torch.tensor([1.0, math.inf, 2.0]),
     "none": torch.zeros(0),
 }
+
+#: Tables of about as many tokens as one block of a GPU sorts at once, and of many more.
+LARGE_ENERGIES: dict[str, Tensor] = {
+    "one_block": torch.rand(1024, generator=torch.Generator().manual_seed(9)),
+    "one_more": torch.randint(0, 9, (1025,), generator=torch.Generator().manual_seed(9)),
+    "large_blocks": torch.rand(20_000, generator=torch.Generator().manual_seed(9), dtype=torch.float64) ** -2,
+    "many_tokens": torch.randint(0, 50, (70_000,), generator=torch.Generator().manual_seed(9)),
+}

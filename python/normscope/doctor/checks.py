@@ -1,0 +1,219 @@
+"""The comparisons the doctor makes: one operation on one input, by the backend chosen, against the reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normscope import ops
+from normscope.doctor.cases import (
+    CASES,
+    ENERGIES,
+    LARGE_ENERGIES,
+    RANGE_CASES,
+    SPARSE_CASES,
+    Case,
+    sparse,
+    weight_for,
+)
+from normscope.doctor.comparing import (
+    EPS,
+    Difference,
+    difference,
+    energies_difference,
+    spectrum_difference,
+    stats_difference,
+    worst_of,
+)
+from normscope.ops import reference
+from normscope.ops.contract import DTYPES, OrderStatistics
+from normscope.stats import Energies
+
+Run = Callable[[torch.device], Difference]
+
+#: Elements up to which a case joins a list of others, and up to which it is checked as a matrix.
+_IN_LIST, _MATRIX = 70_000, 6_000
+#: What an interpreter, which takes seconds for a sort, is given: cases of few elements, and these.
+_INTERPRETED, _INTERPRETED_SPARSE, _INTERPRETED_ENERGIES = 600, ("empty", "no_columns"), ("two", "squares", "nan")
+#: Triton's interpreter reads sub-normal bfloat16 values as zeros.
+_NOT_INTERPRETED = (("sub_normal", torch.bfloat16),)
+
+#: energy_power, threshold_of, threshold, stride.
+_OPTIONS = ((2, "max", 0.01, None), (2, "max", 0.01, 7), (2, "max", 0.01, 20_000), (1, "mean", 0.1, 99))
+_FRACTIONS = (0.5, 0.9, 0.333)
+
+
+class Check(NamedTuple):
+    """One comparison; ``run`` computes on a device with whatever backend is chosen, and compares."""
+
+    op: str
+    dtype: str
+    case: str
+    run: Run
+
+
+def checks(interpreted: bool = False) -> list[Check]:
+    """All comparisons, or those that an interpreter of kernels finishes in seconds.
+
+    Example:
+        >>> found = next(check for check in checks() if check.case == "rows_of_17")
+        >>> found.op, found.dtype, found.run(torch.device("cpu")).ratio <= 1
+        ('fused_pass', 'float16', True)
+    """
+    dense = [(case, dtype) for dtype in DTYPES for case in CASES] + [(case, torch.float64) for case in RANGE_CASES]
+    if interpreted:
+        dense = [
+            (case, dtype)
+            for case, dtype in dense
+            if case.make(dtype).numel() <= _INTERPRETED and (case.name, dtype) not in _NOT_INTERPRETED
+        ]
+    return list(chain(_passes(dense), _sparse_passes(interpreted), _orders(interpreted), _spectra(dense)))
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on another device with the strides and the offset it has, which ``Tensor.to`` changes."""
+    if tensor.layout is not torch.strided or tensor.device == device:
+        return tensor.to(device)
+    memory = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+    return memory.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _label(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _passes(dense: list[tuple[Case, torch.dtype]]) -> Iterator[Check]:
+    def of(op: str, case: Case, dtype: torch.dtype) -> Run:
+        if op == "row_energies":
+            return _row_energies(lambda: case.make(dtype))
+        every = int(op == "fused_pass with weight")
+        return _pass(lambda: [case.make(dtype)], weight_every=every, table_every=every)
+
+    for op in ("fused_pass", "fused_pass with weight", "row_energies"):
+        for case, dtype in dense:
+            yield Check(op, _label(case.make(dtype).dtype), case.name, of(op, case, dtype))
+
+    def of_all() -> list[Tensor]:
+        made = (case.make(dtype) for case, dtype in dense if "nan" not in case.name and "inf" not in case.name)
+        return [tensor for tensor in made if tensor.numel() <= _IN_LIST]
+
+    yield Check("fused_pass of a list", "all", "finite", _pass(of_all))
+    yield Check("fused_pass of a list", "all", "some_weights", _pass(of_all, weight_every=3, table_every=5))
+
+
+def _pass(make: Callable[[], list[Tensor]], weight_every: int = 0, table_every: int = 0) -> Run:
+    """The pass over a list, every so many of its tensors beside a weight or as a token table."""
+
+    def run(device: torch.device) -> Difference:
+        gradients = make()
+        weights = _weights(gradients, weight_every) if weight_every else None
+        tables = range(0, len(gradients), table_every) if table_every else ()
+        actual = ops.fused_pass(
+            [moved(gradient, device) for gradient in gradients],
+            None if weights is None else [None if weight is None else moved(weight, device) for weight in weights],
+            tables,
+        )
+        magnitudes = [_magnitude(*pair) for pair in zip(gradients, weights or [None] * len(gradients), strict=True)]
+        scale = torch.tensor([*magnitudes, math.fsum(magnitudes)], dtype=torch.float64)
+        return stats_difference(actual, reference.fused_pass(gradients, weights, tables), scale)
+
+    return run
+
+
+def _weights(gradients: list[Tensor], every: int) -> list[Tensor | None]:
+    """Weights beside some of the gradients, in a list of another dtype than theirs."""
+    dtype = (lambda number: DTYPES[number % 4]) if len(gradients) > 1 else (lambda number: gradients[number].dtype)
+    return [
+        weight_for(gradient).to(dtype(number)) if number % every == 0 else None
+        for number, gradient in enumerate(gradients)
+    ]
+
+
+def _magnitude(gradient: Tensor, weight: Tensor | None) -> float:
+    """Sum of abs(g_i W_i), what the rounding errors of a dot product are relative to; 0 where it is not finite."""
+    if weight is None:
+        return 0.0
+    found = float((gradient.to_dense().double().abs() * weight.double().abs()).sum())
+    return found if math.isfinite(found) else 0.0
+
+
+def _row_energies(make: Callable[[], Tensor]) -> Run:
+    def run(device: torch.device) -> Difference:
+        gradient = make()
+        return energies_difference(ops.row_energies(moved(gradient, device)), reference.row_energies(gradient))
+
+    return run
+
+
+def _sparse_passes(interpreted: bool) -> Iterator[Check]:
+    def of(kind: str, dtype: torch.dtype, weight_every: int) -> Run:
+        return _pass(lambda: [sparse(kind, dtype)], weight_every, table_every=1)
+
+    for op, weight_every in (("sparse fused_pass", 0), ("sparse with weight", 1)):
+        for dtype in (torch.float32,) if interpreted else DTYPES:
+            for kind in _INTERPRETED_SPARSE if interpreted else SPARSE_CASES:
+                yield Check(op, _label(dtype), kind, of(kind, dtype, weight_every))
+
+
+def _orders(interpreted: bool) -> Iterator[Check]:
+    for name, energies in {**ENERGIES, **LARGE_ENERGIES}.items():
+        for options in _OPTIONS:
+            if not interpreted or (name in _INTERPRETED_ENERGIES and options[3] == 7):
+                case = f"{name}, stride {options[3]}, power {options[0]}"
+                yield Check("order_statistics", "float64", case, _order(energies.double(), options))
+
+
+def _order(values: Tensor, options: tuple[int, str, float, int | None]) -> Run:
+    power, threshold_of, threshold, stride = options
+
+    def statistics(of: Callable[..., OrderStatistics], energies: Tensor) -> OrderStatistics:
+        return of(
+            Energies(energies, exponent=0),
+            fractions=_FRACTIONS,
+            threshold=threshold,
+            threshold_of=threshold_of,
+            energy_power=power,
+            stride=stride,
+        )
+
+    def run(device: torch.device) -> Difference:
+        actual = statistics(ops.order_statistics, values.to(device))
+        return order_difference(actual, statistics(reference.order_statistics, values))
+
+    return run
+
+
+def order_difference(actual: OrderStatistics, expected: OrderStatistics) -> Difference:
+    """The worst difference of two results of ``order_statistics``."""
+    # A mean m is off by some eps m, a deviation d from the mean of means likewise, and d^2 by twice d times that.
+    variance, mean = float(expected.group_variance.nan_to_num()), float(expected.group_mean.nan_to_num())
+    scale = variance + mean * (math.sqrt(variance) + EPS * mean)
+    return worst_of(
+        difference(actual.counts, expected.counts, ulps=0, name="count"),
+        difference(actual.values[1:2], expected.values[1:2], ulps=4, name="fraction below"),
+        # The reference's terms cancel: its Gini is only good to V rounding errors of the largest term.
+        difference(actual.values[:1], expected.values[:1], ulps=64, scale=1.0, name="Gini"),
+        difference(actual.values[3:6], expected.values[3:6], ulps=64, name="max, min, mean of groups"),
+        difference(actual.values[2:3], expected.values[2:3], ulps=64, scale=scale, name="variance of groups"),
+    )
+
+
+def _spectra(dense: list[tuple[Case, torch.dtype]]) -> Iterator[Check]:
+    def of(case: Case, dtype: torch.dtype) -> Run:
+        def run(device: torch.device) -> Difference:
+            matrix = case.make(dtype)
+            (actual,) = ops.singular_values([moved(matrix, device)])
+            (expected,) = reference.singular_values([matrix])
+            return spectrum_difference(actual.values, expected.values)
+
+        return run
+
+    for case, dtype in dense:
+        matrix = case.make(dtype)
+        if matrix.dim() >= 2 and matrix.numel() <= _MATRIX:
+            yield Check("singular_values", _label(matrix.dtype), case.name, of(case, dtype))
