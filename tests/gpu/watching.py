@@ -1,4 +1,4 @@
-"""Lets checked memory include what the fused pass reads through a table of addresses: the runs themselves."""
+"""What tests of the triton backend need to see of it: the runs behind its tables, and results that nothing wrote."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from normscope.ops import triton_launch
@@ -26,3 +27,19 @@ def runs_of_passes(watch: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         triton_launch.launch_pass = original
+
+
+@contextmanager
+def unwritten_is_nan() -> Iterator[None]:
+    """Memory that is allocated without values holds NaN, or the largest integer: what a kernel forgets is seen."""
+    original = torch.empty
+
+    def empty(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = original(*args, **kwargs)
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+    torch.empty = empty
+    try:
+        yield
+    finally:
+        torch.empty = original

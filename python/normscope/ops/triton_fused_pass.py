@@ -83,23 +83,30 @@ def _count_nonfinite(sizes, pointer, length, LANES: tl.constexpr):
 
 
 @triton.jit
-def _store_products(row, column: tl.constexpr, sums):
+def store_products(place, step, sums, WIDE: tl.constexpr):
+    """Write the totals of three sums ``step`` elements apart; where nothing leaves the range, two are zero."""
     middle, large, small = sums
-    tl.store(row + column, tl.sum(middle))
-    tl.store(row + column + 1, tl.sum(large))
-    tl.store(row + column + 2, tl.sum(small))
+    tl.store(place, tl.sum(middle))
+    tl.store(place + step, tl.sum(large) if WIDE else 0.0)
+    tl.store(place + 2 * step, tl.sum(small) if WIDE else 0.0)
 
 
 @triton.jit
-def store_part(row, squares, sizes, nonfinite, dots, weight_squares, length):
+def store_part(
+    row, squares, sizes, nonfinite, dots, weight_squares, length, HAS_WEIGHT: tl.constexpr, WIDE: tl.constexpr
+):
     """Write one row of parts; every column is written, so that nothing needs to be cleared before."""
     total = tl.sum(sizes[0])
-    _store_products(row, _SQUARES, squares)
+    store_products(row + _SQUARES, 1, squares, WIDE)
     tl.store(row + _SUM_ABS, total)
     tl.store(row + _MAX_ABS, tl.where(total != total, total, tl.max(sizes[1]).to(tl.float64)))
     tl.store(row + _NONFINITE, nonfinite.to(tl.float64))
-    _store_products(row, _DOT, dots)
-    _store_products(row, _WEIGHT_SQUARES, weight_squares)
+    if HAS_WEIGHT:
+        store_products(row + _DOT, 1, dots, WIDE)
+        store_products(row + _WEIGHT_SQUARES, 1, weight_squares, WIDE)
+    else:
+        for column in tl.static_range(6):
+            tl.store(row + _DOT + column, 0.0)
     tl.store(row + _COUNT, length.to(tl.float64))
 
 
@@ -173,7 +180,8 @@ def chunk_pass(
             y = tl.load(w + at, mask=inside, other=0.0)
         squares, sizes, dots, weight_squares = add(squares, sizes, dots, weight_squares, x, y, HAS_WEIGHT, WIDE)
     nonfinite = _count_nonfinite(sizes, g, length, LANES)
-    store_part(parts + part * PADDED, squares, sizes, nonfinite, dots, weight_squares, length)
+    row = parts + part * PADDED
+    store_part(row, squares, sizes, nonfinite, dots, weight_squares, length, HAS_WEIGHT, WIDE)
 
 
 @triton.jit(do_not_specialize=["first_part", "rows"])
@@ -223,17 +231,23 @@ def table_pass(
             if HAS_WEIGHT:
                 y = tl.load(w + at, mask=mask, other=0.0)
             squares, sizes, dots, weight_squares = add(squares, sizes, dots, weight_squares, x, y, HAS_WEIGHT, WIDE)
-        middle, large, small = squares
-        middle, large, small = tl.sum(middle, axis=1), tl.sum(large, axis=1), tl.sum(small, axis=1)
         row = energies + first_row + group * ROWS + step
-        tl.store(row, middle, mask=step < left)
+        middle, large, small = total
+        of_rows = tl.sum(squares[0], axis=1)
+        tl.store(row, of_rows, mask=step < left)
+        middle += of_rows
         if WIDE_ROWS:
-            tl.store(row + rows, large, mask=step < left)
-            tl.store(row + 2 * rows.to(tl.int64), small, mask=step < left)
-        total = total[0] + middle, total[1] + large, total[2] + small
+            of_rows = tl.sum(squares[1], axis=1)
+            tl.store(row + rows, of_rows, mask=step < left)
+            large += of_rows
+            of_rows = tl.sum(squares[2], axis=1)
+            tl.store(row + 2 * rows.to(tl.int64), of_rows, mask=step < left)
+            small += of_rows
+        total = middle, large, small
     length = tl.minimum(rows - first_row, GROUPS * ROWS) * width
     nonfinite = _count_nonfinite(sizes, g, length, ROWS * COLUMNS)
-    store_part(parts + (first_part + program) * PADDED, total, sizes, nonfinite, dots, weight_squares, length)
+    part = parts + (first_part + program) * PADDED
+    store_part(part, total, sizes, nonfinite, dots, weight_squares, length, HAS_WEIGHT, WIDE)
 
 
 @triton.jit

@@ -44,7 +44,7 @@ def _sum_of(high, low, other_high, other_low):
     return high, error - (high - total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def sort_blocks(energies, ordered, count, BLOCK: tl.constexpr):
     """Each program sorts one block, descending; NaN counts as inf, places behind the last energy hold -1."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -52,7 +52,7 @@ def sort_blocks(energies, ordered, count, BLOCK: tl.constexpr):
     tl.store(ordered + at, tl.sort(tl.where(energy < float("inf"), energy, float("inf")), descending=True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def rank_elements(ordered, ranked, blocks, BLOCK: tl.constexpr, STEPS: tl.constexpr, LANES: tl.constexpr):
     """From blocks sorted one by one to one sorted whole: an element's rank is its place in its own block plus, in
     every other, the number of larger ones; equal ones keep the order of their blocks. BLOCK = 2^STEPS."""
@@ -73,7 +73,7 @@ def rank_elements(ordered, ranked, blocks, BLOCK: tl.constexpr, STEPS: tl.conste
     tl.store(ranked + rank, energy)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def sum_blocks(ordered, partials, count, POWER: tl.constexpr, BLOCK: tl.constexpr):
     """Partial results of each block of the sorted energies."""
     program = tl.program_id(0)
@@ -99,7 +99,7 @@ def sum_blocks(ordered, partials, count, POWER: tl.constexpr, BLOCK: tl.constexp
     tl.store(row + 5, tl.sum(tl.where(energy < float("inf"), 0.0, 1.0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "stride", "groups"])
 def mean_groups(energies, means, count, stride, groups, ROWS: tl.constexpr, GROUPS: tl.constexpr):
     """Means of x_t over the tokens t with equal t mod stride, GROUPS groups a program."""
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
@@ -142,7 +142,7 @@ def _of_block(values, block, at):
     return tl.sum(tl.where(at == block, values, 0.0))
 
 
-@triton.jit(do_not_specialize=["groups"])
+@triton.jit(do_not_specialize=["count", "blocks", "groups"])
 def finish(
     ordered,  # *f64 [V], descending
     partials,  # *f64 [blocks, _PARTIALS]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from normscope.ops import triton_launch
 from normscope.ops.contract import rows_of
-from normscope.ops.triton_fused_pass import PADDED, add, merge_parts, no_sizes, store_part, zeros
+from normscope.ops.triton_fused_pass import PADDED, add, merge_parts, no_sizes, store_part, store_products, zeros
 from normscope.ops.triton_launch import FUSED, MERGED_AT_ONCE, MERGING_WARPS, guard, table_of
 from normscope.ops.triton_plan import Run
 from normscope.stats import COLUMN_INDEX, COLUMNS
@@ -37,7 +37,7 @@ def _length_of_run(keys, first, count):
     return length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stored", "width"])
 def sum_places(
     values,  # [stored, width], contiguous
     order,  # *i64 [stored], the stored rows in the order of their places
@@ -75,15 +75,16 @@ def sum_places(
         nonfinite += tl.where(tl.abs(x) < float("inf"), 0, 1)
         squares, sizes, dots, weight_squares = add(squares, sizes, dots, weight_squares, x, y, HAS_WEIGHT, WIDE)
     # The weight's own sum runs over all of it, not only over the places that are stored.
-    store_part(parts + first * _PADDED, squares, sizes, tl.sum(nonfinite), dots, zeros([COLUMNS]), copies)
-    middle, large, small = squares
-    tl.store(energies + first, tl.sum(middle))
+    row = parts + first * _PADDED
+    unread = zeros([COLUMNS])
+    store_part(row, squares, sizes, tl.sum(nonfinite), dots, unread, copies, HAS_WEIGHT, WIDE)
     if values.dtype.element_ty == tl.float64:
-        tl.store(energies + stored + first, tl.sum(large))
-        tl.store(energies + 2 * stored + first, tl.sum(small))
+        store_products(energies + first, stored, squares, True)
+    else:
+        tl.store(energies + first, tl.sum(squares[0]))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stored", "rows"])
 def sum_tokens(
     place_energies,  # *f64 [PLANES, stored]
     tokens,  # *i64 [stored], ascending

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import normscope as ns
 from gpu.tools.interpreter import Report, assert_no_races, checked, install
-from gpu.watching import runs_of_passes
+from gpu.watching import runs_of_passes, unwritten_is_nan
 from normscope.errors import UnsupportedTensorError
 from normscope.ops import backends, reference
 from normscope.ops import triton_backend as triton
@@ -38,7 +38,7 @@ install()
 @contextmanager
 def checked_pass(seed: int = 0) -> Iterator[Report]:
     """Bounds, races and order of the programs are checked inside."""
-    with checked(seed=seed) as report, runs_of_passes(report.watch):
+    with checked(seed=seed) as report, runs_of_passes(report.watch), unwritten_is_nan():
         yield report
     assert_no_races(report)
 
