@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.ratio import Timing, alternate
+from bench.ratio import Clock, Timing, alternate, seconds_of
 from normscope.grokking import Transformer
 
 
@@ -27,12 +27,16 @@ class Compare(Protocol):
         figure: Literal["time ratio", "speed-up"] = "time ratio",
         times: float = 1,
         rounds: int = 101,
+        clock: Clock = seconds_of,
     ) -> Timing: ...
 
 
 @pytest.fixture
 def compare(benchmark: Any) -> Compare:
-    """``times`` multiplies the time of ``theirs``: what it would take to read the same bytes twice, for example."""
+    """``times`` multiplies the time of ``theirs``: what it would take to read the same bytes twice, for example.
+
+    ``clock`` is one of :mod:`bench.gpu` where a device does the work.
+    """
 
     def run(
         ours: Callable[[], object],
@@ -44,8 +48,9 @@ def compare(benchmark: Any) -> Compare:
         figure: Literal["time ratio", "speed-up"] = "time ratio",
         times: float = 1,
         rounds: int = 101,
+        clock: Clock = seconds_of,
     ) -> Timing:
-        timing = alternate(ours, theirs, rounds=rounds)
+        timing = alternate(ours, theirs, rounds=rounds, clock=clock)
         quartiles = [value / times for value in timing.ratio]
         if figure == "speed-up":
             quartiles = sorted(1 / value for value in quartiles)
@@ -93,3 +98,11 @@ def transformer_gradients() -> list[Tensor]:
     gradients = [torch.randn(p.shape, generator=generator) for p in Transformer(9973).parameters()]
     assert len(gradients) == 28
     return gradients
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU; without one the benchmark is skipped."""
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no CUDA or ROCm device")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -5,7 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
+
+#: Seconds of one of several calls in a row.
+Clock: TypeAlias = Callable[[Callable[[], object], int], float]
 
 
 class Timing(NamedTuple):
@@ -16,15 +19,16 @@ class Timing(NamedTuple):
     ratio: tuple[float, float, float]
 
 
-def _seconds(run: Callable[[], object], calls: int) -> float:
+def seconds_of(run: Callable[[], object], calls: int) -> float:
+    """Seconds of one of several calls in a row, by the clock on the wall."""
     start = time.perf_counter()
     for _ in range(calls):
         run()
     return (time.perf_counter() - start) / calls
 
 
-def _calls_for(run: Callable[[], object], seconds: float) -> int:
-    return max(1, round(seconds / max(min(_seconds(run, 1) for _ in range(3)), 1e-7)))
+def _calls_for(run: Callable[[], object], seconds: float, clock: Clock = seconds_of) -> int:
+    return max(1, round(seconds / max(min(clock(run, 1) for _ in range(3)), 1e-7)))
 
 
 def _quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -35,11 +39,16 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 def time_calls(run: Callable[[], object], *, rounds: int = 41, seconds: float = 0.01) -> tuple[float, float, float]:
     """Quartiles, over rounds of about ``seconds``, of the seconds one call of many in a row takes."""
     calls = _calls_for(run, seconds)
-    return _quartiles([_seconds(run, calls) for _ in range(rounds)])
+    return _quartiles([seconds_of(run, calls) for _ in range(rounds)])
 
 
 def alternate(
-    ours: Callable[[], object], theirs: Callable[[], object], *, rounds: int = 101, seconds: float = 0.0005
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    *,
+    rounds: int = 101,
+    seconds: float = 0.0005,
+    clock: Clock = seconds_of,
 ) -> Timing:
     """Time ``ours`` and ``theirs`` in turn, the order changing every round.
 
@@ -50,6 +59,6 @@ def alternate(
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(rounds):
         for side in (0, 1) if turn % 2 else (1, 0):
-            times[side].append(_seconds((ours, theirs)[side], calls[side]))
+            times[side].append(clock((ours, theirs)[side], calls[side]))
     ratios = [a / b for a, b in zip(*times, strict=True)]
     return Timing(_quartiles(times[0]), _quartiles(times[1]), _quartiles(ratios))

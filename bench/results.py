@@ -40,8 +40,10 @@ def machine() -> dict[str, str]:
         platform.processor(),
     )
     backends = {info.name: info.reason for info in ops.backends.backends()}
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "processor": model,
+        **gpu,
         "threads": str(torch.get_num_threads()),
         "core": backends["cpu"],
         "normscope": normscope.__version__,

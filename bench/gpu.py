@@ -1,0 +1,110 @@
+"""What the benchmarks of GPUs share: clocks of a device, a training loop on it, counts of what it is made to do.
+
+Every function takes the device, so that all of it runs on the CPU too, with other figures.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import normscope as ns
+from bench.ratio import Clock
+from normscope.doctor.bandwidth import device_seconds
+from normscope.grokking import Transformer
+
+P, BATCH = 997, 256
+
+
+def name(device: torch.device) -> str:
+    """The device as its maker calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def by_events(device: torch.device) -> Clock:
+    """Time by the device's own clock: what the kernels take, and the gaps between them."""
+    return lambda run, calls: device_seconds(run, device, calls=calls)
+
+
+def by_wall(device: torch.device) -> Clock:
+    """Time until the device has done what several calls gave it: what launching takes where that is longer."""
+
+    def clock(run: Callable[[], object], calls: int) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        synchronize(device)
+        return (time.perf_counter() - start) / calls
+
+    return clock
+
+
+class Training:
+    """Steps of a small transformer on random pairs, watched after each or not at all."""
+
+    def __init__(self, device: torch.device, watched: bool) -> None:
+        torch.manual_seed(0)
+        self.model = Transformer(P).to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=0.1)
+        self.pairs = torch.randint(0, P, (BATCH, 2), generator=torch.Generator().manual_seed(1)).to(device)
+        embedding = next(module for module in self.model.modules() if isinstance(module, nn.Embedding))
+        observers = [ns.Norms(), ns.TokenGradient(embedding=embedding)]
+        self.monitor = ns.Monitor(self.model, observers, loop="step", context={"stride": 31}) if watched else None
+        self.number = 0
+
+    def train(self) -> None:
+        """One optimizer step."""
+        self.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(self.model(self.pairs), self.pairs.sum(dim=1) % P)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+
+    def watch(self) -> None:
+        """What is observed after it; the record's numbers are left on the device."""
+        if self.monitor is not None:
+            self.monitor.post_step(self.number)
+        self.number += 1
+
+    def step(self) -> None:
+        """Both."""
+        self.train()
+        self.watch()
+
+
+def launches(run: Callable[[], object], device: torch.device) -> int:
+    """How many kernels a call launches, by the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_device = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with profile(activities=[ProfilerActivity.CPU, *on_device]) as profiler:
+        run()
+        synchronize(device)
+    return sum(event.count for event in profiler.key_averages() if "LaunchKernel" in event.key)
+
+
+def waits(run: Callable[[], object], device: torch.device) -> bool:
+    """Whether a call makes the host wait for the device."""
+    if device.type != "cuda":
+        run()
+        return False
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False

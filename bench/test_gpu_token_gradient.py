@@ -1,0 +1,52 @@
+"""Token-gradient statistics on a GPU against the same in plain PyTorch, by a sort."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import gpu
+from bench.conftest import Compare
+from normscope import ops
+from normscope.doctor.bandwidth import elements_that_fit
+
+TABLES = [(9973, 256, torch.float32, 99), (50_257, 768, torch.bfloat16, 224), (128_256, 4096, torch.bfloat16, 358)]
+
+
+def by_torch(gradient: Tensor, stride: int) -> Tensor:
+    """The statistics of ``order_statistics`` in the order of its values, in float32 and left on the device."""
+    x = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32)
+    count = len(x)
+    ascending = x.sort().values
+    rank = torch.arange(1, count + 1, device=x.device)
+    gini = ((2 * rank - count - 1) * ascending).sum() / (count * x.sum())
+    below = (x < 0.01 * ascending[-1]).float().mean()
+    cumulated = ascending.flip(0).square().cumsum(0)
+    goals = torch.stack([0.5 * cumulated[-1], 0.9 * cumulated[-1]])
+    counts = torch.searchsorted(cumulated, goals).float() + 1
+    groups = torch.arange(count, device=x.device) % stride
+    sums = torch.zeros(stride, device=x.device).index_add_(0, groups, x)
+    sizes = torch.zeros(stride, device=x.device).index_add_(0, groups, torch.ones_like(x))
+    means = sums / sizes
+    found = [gini, below, means.var(correction=0), means.amax(), means.amin(), means.mean()]
+    return torch.cat([torch.stack(found), counts])
+
+
+@pytest.mark.parametrize(("rows", "width", "dtype", "stride"), TABLES, ids=[f"{rows}x{n}" for rows, n, *_ in TABLES])
+def test_gpu_token_gradient(
+    compare: Compare, device: torch.device, rows: int, width: int, dtype: torch.dtype, stride: int
+) -> None:
+    if elements_that_fit(device, rows * width, bytes_each=3 * dtype.itemsize) < rows * width:
+        pytest.skip("not enough free memory")
+    generator = torch.Generator(device).manual_seed(0)
+    gradient = torch.randn(rows, width, generator=generator, dtype=dtype, device=device)
+    compare(
+        lambda: ops.order_statistics(ops.row_energies(gradient), stride=stride),
+        lambda: by_torch(gradient, stride),
+        what=f"{gpu.name(device)}: token gradient, all seven metrics left there, {rows:,} x {width} {dtype}",
+        against="plain PyTorch in float32: vector_norm, sort, cumsum, index_add",
+        target=1.0,
+        rounds=31,
+        clock=gpu.by_events(device),
+    )
