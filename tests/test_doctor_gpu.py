@@ -50,10 +50,21 @@ GPU = Machine(
 )
 
 
-def test_every_device_is_checked_by_each_backend_that_reads_it() -> None:
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_every_device_is_checked_by_each_backend_that_reads_it(
+    interpreted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("normscope.ops.triton_backend")
+    monkeypatch.setattr(triton, "runs_on_cpu", interpreted)
     pairs = [(target.backend, str(target)) for target in diagnosis.targets(GPU)]
-    on_gpu = [(backend, f"cuda:{index}") for index in (0, 1) for backend in ("triton", "reference")]
-    assert [pair for pair in pairs if "interpreter" not in pair[1]] == [("cpu", "cpu"), *on_gpu]
+    assert pairs == (
+        [("triton", "cpu (interpreter)"), ("cpu", "cpu"), ("reference", "cuda:0"), ("reference", "cuda:1")]
+        if interpreted
+        else [("cpu", "cpu"), *((backend, f"cuda:{i}") for i in (0, 1) for backend in ("triton", "reference"))]
+    )
+
+
+def test_what_cannot_be_used_is_not_checked() -> None:
     unusable = GPU._replace(backends=[info._replace(available=info.name == "reference") for info in GPU.backends])
     assert {target.backend for target in diagnosis.targets(unusable)} == {"reference"}
     without_float64 = [DeviceInfo("mps", "", None, "", is_checked=False)]
@@ -61,6 +72,8 @@ def test_every_device_is_checked_by_each_backend_that_reads_it() -> None:
 
 
 def test_a_report_of_two_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+
     def measured(device: torch.device, backend: str) -> bandwidth.Bandwidth:
         if str(device) == "cuda:1":
             raise torch.OutOfMemoryError("out of memory")
@@ -104,15 +117,16 @@ def test_devices_and_versions_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @each_case(CASES)
-def test_inputs_keep_their_strides_on_a_device(case: Case) -> None:
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_inputs_keep_their_strides_on_a_device(case: Case, device: str) -> None:
     tensor = case.make(torch.float32)
-    there = moved(tensor, torch.device("meta"))
-    assert there.device.type == "meta"
-    assert (there.shape, there.stride(), there.storage_offset()) == (
-        tensor.shape,
-        tensor.stride(),
-        tensor.storage_offset(),
-    )
+    there = moved(tensor, torch.device(device))
+    assert there.device.type == device
+    assert (there.shape, there.stride()) == (tensor.shape, tensor.stride())
+    assert there.storage_offset() == tensor.storage_offset()
+    if device == "cpu":
+        assert there.numel() == 0 or there.data_ptr() != tensor.data_ptr()
+        assert torch.equal(there.nan_to_num(nan=7.0), tensor.nan_to_num(nan=7.0))
 
 
 def test_time_by_the_clock_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,11 +76,11 @@ def checks(interpreted: bool = False) -> list[Check]:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on another device with the strides and the offset it has, which ``Tensor.to`` changes."""
-    if tensor.layout is not torch.strided or tensor.device == device:
+    """A copy on a device, the same one too, with the strides and the offset it has, which ``Tensor.to`` changes."""
+    if tensor.layout is not torch.strided:
         return tensor.to(device)
     memory = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
-    return memory.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return memory.to(device, copy=True).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _label(dtype: torch.dtype) -> str:

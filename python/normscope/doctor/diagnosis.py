@@ -161,12 +161,13 @@ def targets(machine: Machine, asked: str | None = None) -> list[Target]:
 
 def _target(backend: str, device: DeviceInfo) -> Target | None:
     there = torch.device(device.name)
-    if backend == "triton" and there.type == "cpu":
+    if backend == "triton":
         from normscope.ops import triton_backend
 
-        return Target(backend, there, interpreted=True) if triton_backend.runs_on_cpu else None
-    reads = {"triton": there.type == "cuda", "cpu": there.type == "cpu", "reference": there.type != "cpu"}
-    return Target(backend, there) if device.is_checked and reads[backend] else None
+        interpreted = triton_backend.runs_on_cpu
+        return Target(backend, there, interpreted) if there.type == ("cpu" if interpreted else "cuda") else None
+    is_read = {"cpu": there.type == "cpu", "reference": there.type != "cpu" and device.is_checked}
+    return Target(backend, there) if is_read[backend] else None
 
 
 def run_check(check: Check, target: Target) -> Difference:
