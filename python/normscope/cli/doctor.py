@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json as json_module
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from normscope.cli.options import JsonPath
-from normscope.sinks.jsonl import json_number
 
 _MISMATCH = 1
 
@@ -51,18 +49,9 @@ def doctor(
     with progress("comparing") as step:
         report = diagnose(backend, machine=machine, step=step)
     if json is not None:
-        output.write(json, f"{json_module.dumps(_jsonable(report.to_dict()), allow_nan=False)}\n".encode())
+        output.write_json(json, report.to_dict())
     if is_shown:
         show_findings(report)
     sys.stdout.flush()
     if not report.ok:
         raise typer.Exit(_MISMATCH)
-
-
-def _jsonable(value: Any) -> Any:
-    """The same with its numbers as a file of records has them."""
-    if isinstance(value, dict):
-        return {key: _jsonable(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_jsonable(each) for each in value]
-    return json_number(value) if isinstance(value, float) else value

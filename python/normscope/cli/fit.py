@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json as json_module
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from normscope.cli.options import WRITTEN, JsonPath
-from normscope.sinks.jsonl import json_number
 
 if TYPE_CHECKING:
     from normscope.grokking import DelayLawFit
@@ -85,8 +83,7 @@ def _hand_out(source: str, found: DelayLawFit, json: Path | None, plot: Path | N
     from normscope.cli.fit_show import show
 
     if json is not None:
-        text = json_module.dumps(_jsonable({"file": source, **found.to_dict()}), allow_nan=False)
-        output.write(json, f"{text}\n".encode())
+        output.write_json(json, {"file": source, **found.to_dict()})
     if plot is not None:
         from normscope.grokking.delay_law_plot import drawn
 
@@ -94,12 +91,3 @@ def _hand_out(source: str, found: DelayLawFit, json: Path | None, plot: Path | N
     if str(json) != "-":
         show(source, found, [str(path) for path in (json, plot) if path is not None])
     sys.stdout.flush()
-
-
-def _jsonable(value: Any) -> Any:
-    """The same with its numbers as a file of records has them."""
-    if isinstance(value, dict):
-        return {key: _jsonable(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(each) for each in value]
-    return json_number(value) if isinstance(value, float) else value

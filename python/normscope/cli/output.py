@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from normscope.errors import NormscopeError, require
 from normscope.grokking.run_folder import write_atomically
+from normscope.sinks.jsonl import json_number
 
 _PICTURES = (".png", ".pdf", ".svg")
 
@@ -56,3 +59,20 @@ def write(path: Path, content: bytes) -> None:
         write_atomically(path, lambda file: file.write(content))
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Put ``content`` into the file ``path`` as JSON, its numbers as a file of records has them; see :func:`write`.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    write(path, f"{json.dumps(_jsonable(content), allow_nan=False)}\n".encode())
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _jsonable(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(each) for each in value]
+    return json_number(value) if isinstance(value, float) else value

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json as json_module
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from normscope.cli.options import WRITTEN, CheckpointPath, JsonPath
-from normscope.sinks.jsonl import json_number
 
 if TYPE_CHECKING:
     from normscope.attention import Attention, Circuit, LayerHeads
@@ -158,8 +156,7 @@ def _hand_out(
             **found.to_dict(),
             "circuits": [trajectory.circuit_dict() for trajectory in trajectories],
         }
-        text = json_module.dumps(_jsonable(content), allow_nan=False)
-        output.write(json, f"{text}\n".encode())
+        output.write_json(json, content)
     if plot is not None:
         from normscope.trajectory_plot import drawn
 
@@ -167,12 +164,3 @@ def _hand_out(
     if str(json) != "-":
         show(str(checkpoint), trajectories or [found], [str(path) for path in (json, plot) if path is not None])
     sys.stdout.flush()
-
-
-def _jsonable(value: Any) -> Any:
-    """The same with its numbers as a file of records has them."""
-    if isinstance(value, dict):
-        return {key: _jsonable(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_jsonable(each) for each in value]
-    return json_number(value) if isinstance(value, float) else value
