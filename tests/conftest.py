@@ -13,12 +13,19 @@ import torch
 
 from normscope import _core
 
+#: Where Triton interprets its kernels, in the process that tests/gpu starts, they are what is tested.
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
-@pytest.fixture(params=["cpu", "reference"])
+
+@pytest.fixture(params=["triton"] if INTERPRETING else ["cpu", "reference"])
 def any_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on each backend."""
     import normscope as ns
 
+    if INTERPRETING:
+        from gpu.tools.interpreter import install
+
+        install()
     with ns.backend(request.param):
         yield request.param
 

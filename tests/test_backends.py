@@ -97,7 +97,8 @@ def test_an_unknown_name_in_the_environment_raises(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("NORMSCOPE_BACKEND", "gpu")
     with fresh_package() as fresh:
         assert [info.name for info in fresh.backends()] == ["triton", "cpu", "reference"], "one can still ask"
-        with pytest.raises(fresh.errors.BackendError, match="there is no backend 'gpu'; choose one of triton, cpu, reference"):
+        message = "there is no backend 'gpu'; choose one of triton, cpu, reference"
+        with pytest.raises(fresh.errors.BackendError, match=message):
             fresh.norms(GRADIENTS)
 
 

@@ -1,29 +1,26 @@
-"""Runs tests/gpu/interpreted in a process whose Triton interprets kernels."""
+"""Waits for what tests/gpu/conftest.py started beside the other tests: processes whose Triton interprets kernels."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Mapping
 
-import normscope
+import pytest
 
-HERE = Path(__file__).parent
+from gpu.children import CHILDREN, Child
 
 
-def test_all_that_runs_in_the_interpreter() -> None:
-    paths = [str(Path(normscope.__file__).parents[1]), str(HERE.parent)]
-    ended = subprocess.run(
-        [sys.executable, "-m", "pytest", str(HERE / "interpreted"), "-q", "-p", "no:cacheprovider"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
-        cwd=HERE.parents[1],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    passed = re.search(r"(\d+) passed", ended.stdout)
+@pytest.mark.parametrize("name", CHILDREN)
+def test_in_the_interpreter(name: str, children: Mapping[str, Child]) -> None:
+    child = children[name]
+    try:
+        code = child.process.wait(timeout=900)
+    except subprocess.TimeoutExpired:
+        child.process.kill()
+        raise
+    output = child.output.read_text()
+    assert code == 0, output
+    passed = re.search(r"(\d+) passed", output)
     assert passed is not None
-    assert int(passed[1]) >= 10, ended.stdout
+    assert int(passed[1]) >= 10, output

@@ -39,8 +39,9 @@ def fused_pass(
 
     Returns:
         The columns of :data:`normscope.stats.COLUMNS` per tensor, as defined in float64 on the values as stored.
-        The same tensors give the same bits, whatever the threads and whatever else is in the list. Tensors of several
-        devices are read where they are, and their sums lie on the first one that is not the CPU.
+        The same tensors give the same bits, whatever the threads and whatever else is in the list; on a GPU a table
+        is summed row by row, and its last bits may differ from those of the same tensor that is not marked as one.
+        Tensors of several devices are read where they are, and their sums lie on the first one that is not the CPU.
 
     Raises:
         UnsupportedTensorError: a dtype, layout or device that no chosen backend reads.

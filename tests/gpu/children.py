@@ -1,0 +1,41 @@
+"""Test processes that run beside this one, because Triton reads when it is imported whether it interprets kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import normscope
+
+_TESTS = Path(__file__).parents[1]
+
+#: What each of them runs.
+CHILDREN = {
+    "backend": ["gpu/interpreted/test_backend.py"],
+    "laws": ["test_laws.py", "gpu/interpreted/test_interpreter.py", "gpu/interpreted/test_accounting.py"],
+}
+
+
+class Child(NamedTuple):
+    """A running process, and the file its output goes to."""
+
+    process: subprocess.Popen[bytes]
+    output: Path
+
+
+def start(name: str, folder: Path) -> Child:
+    """Starts the process of that name; its output goes to the folder."""
+    output = folder / f"{name}.txt"
+    paths = [str(Path(normscope.__file__).parents[1]), str(_TESTS)]
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *CHILDREN[name]],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
+            cwd=_TESTS,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    return Child(process, output)
