@@ -25,7 +25,9 @@ def test_the_kernels_in_their_interpreter() -> None:
     pytest.importorskip("triton")
     script = f"""
 import torch
-from normscope.doctor import diagnose, diagnosis
+import normscope as ns
+diagnose = ns.doctor.diagnose
+from normscope.doctor import diagnosis
 few = [check for check in diagnosis.checks(True) if check.case in {FEW!r} and check.dtype in ("float32", "float64")]
 diagnosis.checks = lambda interpreted=False: few
 print([str(target) for target in diagnosis.targets(diagnosis.find_machine())])
@@ -148,7 +150,7 @@ def test_time_by_the_clock_of_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     assert device_seconds(lambda: happened.append("run"), torch.device("cuda:0"), calls=3) == pytest.approx(0.01)
-    assert happened == ["record", "run", "run", "run", "record", "synchronize"]
+    assert happened == ["run", "record", "run", "run", "run", "record", "synchronize"]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1600, 10_000))
     assert bandwidth.elements_that_fit(torch.device("cuda"), 1_000, bytes_each=8) == 100
     assert bandwidth.elements_that_fit(torch.device("cuda"), 50, bytes_each=8) == 50
@@ -156,7 +158,7 @@ def test_time_by_the_clock_of_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_bandwidth_is_bytes_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bandwidth, "device_seconds", lambda run, device: run() is None or 1e-6)
+    monkeypatch.setattr(bandwidth, "device_seconds", lambda run, device, calls: 1e-6 if run() is not None else 0.0)
     found = measure_bandwidth(CPU, "cpu", elements=1000, rounds=3)
     assert found.copy == pytest.approx(8.0)
     assert found.fused_pass == pytest.approx(4.0)

@@ -18,9 +18,9 @@ from gpu.tools.memory_map import OutOfBoundsError, guarded
 from gpu.tools.ptx import PTXError
 from gpu.tools.races import assert_no_races
 from gpu.watching import runs_of_passes, unwritten_is_nan
-from normscope.ops import reference, triton_backend
+from normscope.ops import reference, triton_backend, triton_launch
 from normscope.ops.triton_launch import THREADS
-from normscope.ops.triton_plan import CHUNK
+from normscope.ops.triton_plan import CHUNK, Kind, Run, make_plan
 from normscope.stats import Energies
 
 ARCHES = pytest.mark.parametrize("arch", [80, 90])
@@ -229,9 +229,7 @@ def test_wrong_code_is_caught(mutation: Any, shape: tuple[int, ...], monkeypatch
 
 
 def test_an_element_count_one_too_large_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    from normscope.ops import triton_launch
-
-    original = triton_launch.make_plan
+    original = make_plan
 
     def too_long(kinds: Any, tables: Any, rows: int) -> Any:
         return original([(row, kind, count + 1) for row, kind, count in kinds], tables, rows)
@@ -244,8 +242,6 @@ def test_an_element_count_one_too_large_is_caught(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_address_that_is_not_as_aligned_as_promised_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    from normscope.ops.triton_plan import Kind, Run
-
     monkeypatch.setattr(Run, "kind", property(lambda run: Kind(run.gradient.dtype, None, True)))
     with pytest.raises(OutOfBoundsError, match="misaligned"), on_cpu(monkeypatch):
         triton_backend.fused_pass([normal(5003, dtype=torch.float32, offset=1)])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -18,15 +19,13 @@ def runs_of_passes(watch: Callable[..., None]) -> Iterator[None]:
     """``watch(*tensors)`` is called with the tensors of each pass before it is launched, copies of strided ones too."""
     original = triton_launch.launch_pass
 
-    def launch_pass(runs: Sequence[Run], *rest: Any) -> tuple[Tensor, dict[int, Tensor]]:
+    def launch_pass(*given: Any) -> tuple[Tensor, dict[int, Tensor]]:
+        runs: list[Run] = given[0]
         watch(*(tensor for run in runs for tensor in (run.gradient, run.weight) if tensor is not None))
-        return original(runs, *rest)
+        return original(*given)
 
-    triton_launch.launch_pass = launch_pass
-    try:
+    with mock.patch.object(triton_launch, "launch_pass", launch_pass):
         yield
-    finally:
-        triton_launch.launch_pass = original
 
 
 @contextmanager
@@ -38,8 +37,5 @@ def unwritten_is_nan() -> Iterator[None]:
         tensor = original(*args, **kwargs)
         return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
 
-    torch.empty = empty
-    try:
+    with mock.patch.object(torch, "empty", empty):
         yield
-    finally:
-        torch.empty = original

@@ -12,7 +12,7 @@ import torch
 from normscope import ops
 
 _ELEMENTS = 100_000_000
-_TENSORS = 20
+_TENSORS, _CALLS = 20, 5
 
 
 class Bandwidth(NamedTuple):
@@ -47,6 +47,7 @@ def device_seconds(run: Callable[[], object], device: torch.device, *, calls: in
             run()
         return (time.perf_counter() - start) / calls
     with torch.cuda.device(device):
+        run()  # keeps the device busy while the host queues what is timed
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         before.record()
         for _ in range(calls):
@@ -79,6 +80,6 @@ def measure_bandwidth(device: torch.device, backend: str, elements: int = _ELEME
     with ops.backends.backend(backend):
         ops.fused_pass(gradients)  # compiles
         sides = (lambda: target.copy_(source), lambda: ops.fused_pass(gradients))
-        times = [[device_seconds(side, device) for side in sides] for _ in range(rounds + 2)]
+        times = [[device_seconds(side, device, calls=_CALLS) for side in sides] for _ in range(rounds + 2)]
     copy, fused_pass = (statistics.median(each) for each in zip(*times[2:], strict=True))
     return Bandwidth(str(device), backend, count, 2 * source.nbytes / copy / 1e9, source.nbytes / fused_pass / 1e9)

@@ -55,9 +55,7 @@ def test_norms() -> None:
 
 
 def test_one_launch_for_each_dtype() -> None:
-    model = trained()
-    model[0].half()
-    model.append(nn.Linear(2, 2).bfloat16())
+    model = nn.ModuleList([nn.Embedding(4, 6).half(), nn.Linear(6, 3), nn.Linear(2, 2).bfloat16()])
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     assert launches_of(ns.Norms(), model=model) == ["chunk_pass", "chunk_pass", "chunk_pass", "merge_parts"]
