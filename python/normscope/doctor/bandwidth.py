@@ -13,6 +13,7 @@ from normscope import ops
 
 _ELEMENTS = 100_000_000
 _TENSORS, _CALLS = 20, 5
+_ALIGNED = 4  # elements: 16 bytes
 
 
 class Bandwidth(NamedTuple):
@@ -73,7 +74,7 @@ def measure_bandwidth(device: torch.device, backend: str, elements: int = _ELEME
         >>> found.copy > 0 and found.fused_pass > 0
         True
     """
-    count = elements_that_fit(device, elements, bytes_each=8)
+    count = elements_that_fit(device, elements, bytes_each=8) // (_TENSORS * _ALIGNED) * _TENSORS * _ALIGNED
     source = torch.ones(count, device=device)
     target = torch.empty_like(source)
     gradients = list(source.chunk(_TENSORS))
