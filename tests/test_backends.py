@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
+from typing import Any
 
 import pytest
 import torch
+from comparing import assert_close, bits
 from fresh import fresh_package, run_python
 
 import normscope as ns
-from normscope import _core
+from normscope import _core, ops
 from normscope.errors import BackendError
 from normscope.ops import backends as table
 from normscope.ops import cpu, reference
@@ -134,3 +137,68 @@ def test_a_core_of_another_version_is_a_state_with_a_reason(monkeypatch: pytest.
         assert fresh.norms(GRADIENTS)["total_norm"] == 5.0
         assert not fresh.backends()[1].available
         assert "another version" in fresh.backends()[1].reason
+
+
+class Elsewhere:
+    """What the choice of a backend asks of a tensor."""
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+        self.is_cpu = self.device.type == "cpu"
+        self.is_cuda = self.device.type == "cuda"
+
+
+def test_gpu_tensors_take_triton_where_it_can_be_used_and_else_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu: list[Any] = [Elsewhere("cuda:0"), Elsewhere("cuda:0")]
+    monkeypatch.setattr(table, "_accelerator_present", lambda: True)
+    assert table.of(on_gpu) is reference, "there is no GPU here, and the table says why"
+    loaded = {name: table._load(name) for name in ("cpu", "reference")}
+    stand_in: Any = object()
+    monkeypatch.setattr(table, "_load", {**loaded, "triton": (stand_in, "a device")}.__getitem__)
+    assert table.of(on_gpu) is stand_in
+    assert table.of([on_gpu[0], Elsewhere("xpu:0")]) is reference  # type: ignore[list-item]
+    assert table.of([Elsewhere("cpu")]) is cpu  # type: ignore[list-item]
+    assert table.of([]) is cpu
+
+
+def test_the_table_says_why_triton_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NORMSCOPE_BACKEND", raising=False)
+    with fresh_package(triton=None) as fresh:
+        missing = fresh.backends()[0]
+        assert (missing.name, missing.available) == ("triton", False)
+        assert missing.reason.startswith("cannot be imported: ")
+        refused = pytest.raises(fresh.errors.BackendError, match="'triton' was asked for and is not available")
+        with refused, fresh.backend("triton"):
+            pass
+    if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+        assert ns.backends()[0].reason == "PyTorch sees no CUDA or ROCm device"
+
+
+def test_a_list_on_several_devices_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    gradients = [torch.randn(n, 3, generator=generator) for n in (5, 700, 1, 40)]
+    gradients[2] = gradients[2].double() * 1e200
+    weights = [torch.randn(gradient.shape, generator=generator) for gradient in gradients]
+    whole = ops.fused_pass(gradients, weights, (1, 3))
+    split = iter([[[1, 3], [0, 2]]])
+    monkeypatch.setattr(table, "split_by_device", lambda _: next(split, None))
+    parts = ops.fused_pass(gradients, weights, (1, 3))
+    assert bits(parts.sums[:-1]) == bits(whole.sums[:-1])
+    assert_close(parts.roots("sum_squares"), whole.roots("sum_squares"), ulps=4)
+    assert not parts.in_range
+    assert {index: bits(found.values) for index, found in parts.energies.items()} == {
+        index: bits(found.values) for index, found in whole.energies.items()
+    }
+    split = iter([[[1, 3], [0, 2]]])
+    with pytest.raises(ns.NormscopeError, match="tensor 2: dtype"):
+        ops.fused_pass([*gradients[:2], torch.ones(1, dtype=torch.int32), gradients[3]])
+
+
+def test_which_lists_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed: list[Any] = [Elsewhere("cuda:0"), Elsewhere("cpu"), Elsewhere("cuda:1"), Elsewhere("cuda:0")]
+    assert table.split_by_device(mixed) is None, "devices are looked at only where there are several"
+    monkeypatch.setattr(table, "_accelerator_present", lambda: True)
+    assert table.split_by_device(mixed) == [[0, 3], [1], [2]]
+    assert table.split_by_device(mixed[:1]) is None
+    with ns.backend("reference"):
+        assert table.split_by_device(mixed) is None, "a chosen backend reads everything, or says what it cannot"
