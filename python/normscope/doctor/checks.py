@@ -43,6 +43,13 @@ _INTERPRETED, _INTERPRETED_SPARSE, _INTERPRETED_ENERGIES = 600, ("empty", "no_co
 #: Triton's interpreter reads sub-normal bfloat16 values as zeros.
 _NOT_INTERPRETED = (("sub_normal", torch.bfloat16),)
 
+#: Tables that are checked in every dtype and with weights; the others in float32. A GPU's kernels are compiled for the
+#: width of a table when they first meet it, which takes longer than comparing.
+_TABLES = (
+    *("one_column", "rows_of_17", "rows_of_256", "row_beyond_chunk", "columns_of_wide", "no_columns"),
+    *("sub_normal", "near_largest", "nan"),
+)
+
 #: energy_power, threshold_of, threshold, stride.
 _OPTIONS = ((2, "max", 0.01, None), (2, "max", 0.01, 7), (2, "max", 0.01, 20_000), (1, "mean", 0.1, 99))
 _FRACTIONS = (0.5, 0.9, 0.333)
@@ -91,11 +98,17 @@ def _passes(dense: list[tuple[Case, torch.dtype]]) -> Iterator[Check]:
     def of(op: str, case: Case, dtype: torch.dtype) -> Run:
         if op == "row_energies":
             return _row_energies(lambda: case.make(dtype))
-        every = int(op == "fused_pass with weight")
-        return _pass(lambda: [case.make(dtype)], weight_every=every, table_every=every)
+        return _pass(lambda: [case.make(dtype)], weight_every=int("weight" in op), table_every=int("table" in op))
 
-    for op in ("fused_pass", "fused_pass with weight", "row_energies"):
-        for case, dtype in dense:
+    tables = [(case, dtype) for case, dtype in dense if case.name in _TABLES or case in RANGE_CASES]
+    rows = [(case, dtype) for case, dtype in dense if dtype is torch.float32 or (case, dtype) in tables]
+    for op, inputs in (
+        ("fused_pass", dense),
+        ("fused_pass with weight", dense),
+        ("table with weight", tables),
+        ("row_energies", rows),
+    ):
+        for case, dtype in inputs:
             yield Check(op, _label(case.make(dtype).dtype), case.name, of(op, case, dtype))
 
     def of_all() -> list[Tensor]:
@@ -103,7 +116,7 @@ def _passes(dense: list[tuple[Case, torch.dtype]]) -> Iterator[Check]:
         return [tensor for tensor in made if tensor.numel() <= _IN_LIST]
 
     yield Check("fused_pass of a list", "all", "finite", _pass(of_all))
-    yield Check("fused_pass of a list", "all", "some_weights", _pass(of_all, weight_every=3, table_every=5))
+    yield Check("fused_pass of a list", "all", "some_weights", _pass(of_all, weight_every=3, table_every=29))
 
 
 def _pass(make: Callable[[], list[Tensor]], weight_every: int = 0, table_every: int = 0) -> Run:
@@ -126,12 +139,12 @@ def _pass(make: Callable[[], list[Tensor]], weight_every: int = 0, table_every: 
 
 
 def _weights(gradients: list[Tensor], every: int) -> list[Tensor | None]:
-    """Weights beside some of the gradients, in a list of another dtype than theirs."""
-    dtype = (lambda number: DTYPES[number % 4]) if len(gradients) > 1 else (lambda number: gradients[number].dtype)
-    return [
-        weight_for(gradient).to(dtype(number)) if number % every == 0 else None
-        for number, gradient in enumerate(gradients)
-    ]
+    """Weights beside some of the gradients, in a list in float32, as beside gradients of less precision."""
+    weights: list[Tensor | None] = [None] * len(gradients)
+    for number in range(0, len(gradients), every):
+        dtype = torch.float32 if len(gradients) > 1 else gradients[number].dtype
+        weights[number] = weight_for(gradients[number]).to(dtype)
+    return weights
 
 
 def _magnitude(gradient: Tensor, weight: Tensor | None) -> float:
