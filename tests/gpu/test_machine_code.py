@@ -32,7 +32,7 @@ class Variant(NamedTuple):
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
-    warps: int
+    threads: int
     wide_loads: int = 0  # of 16 bytes, at least
     registers: int = 255
     everywhere: bool = True  # or for NVIDIA's targets alone
@@ -45,7 +45,6 @@ def _chunk_passes() -> list[Variant]:
         for weight in (None, dtype, *((torch.float32,) if dtype is torch.bfloat16 else ())):
             for aligned in (True, False):
                 kind = Kind(dtype, weight, aligned)
-                settings = launch.settings_of(dtype)
                 variants.append(
                     Variant(
                         f"chunks of {NAMES[dtype]}{'' if weight is None else ' beside ' + NAMES[weight]}"
@@ -53,9 +52,9 @@ def _chunk_passes() -> list[Variant]:
                         fused.chunk_pass,
                         {**pointers, "parts": FLOATS, "begin": "i32"},
                         launch.constants_of(kind),
-                        launch.WARPS,
+                        launch.THREADS,
                         wide_loads=launch.unroll_of(kind) * (1 if weight is None else 2) if aligned else 0,
-                        registers=settings["maxnreg"],
+                        registers=launch.registers_of(dtype),
                         everywhere=aligned,
                     )
                 )
@@ -76,9 +75,9 @@ def _table_passes() -> list[Variant]:
                         fused.table_pass,
                         {**types, "parts": FLOATS, "energies": FLOATS, **numbers},
                         {"HAS_WEIGHT": weight is not None, **tile.constants(width)},
-                        launch.WARPS,
+                        launch.THREADS,
                         wide_loads=1 if width * dtype.itemsize % 16 == 0 else 0,
-                        registers=launch.settings_of(dtype, narrow=tile.narrow)["maxnreg"],
+                        registers=launch.registers_of(dtype, narrow=tile.narrow),
                         everywhere=width == 256,
                     )
                 )
@@ -88,7 +87,7 @@ def _table_passes() -> list[Variant]:
 def _order_statistics() -> list[Variant]:
     variants = []
     for block in (order.SMALL_BLOCK, order.BLOCK):
-        warps = order.warps_of(block)
+        threads = order.threads_of(block)
         blocks = 16
         finish = {
             "FRACTIONS": (0.5, 0.9),
@@ -108,14 +107,14 @@ def _order_statistics() -> list[Variant]:
                 order.sort_blocks,
                 {"energies": FLOATS, "ordered": FLOATS, "count": "i32"},
                 {"BLOCK": block},
-                warps,
+                threads,
             ),
             Variant(
                 f"ranks in blocks of {block}",
                 order.rank_elements,
                 {"ordered": FLOATS, "ranked": FLOATS, "blocks": "i32"},
                 {"BLOCK": block, "STEPS": block.bit_length() - 1, "LANES": order.RANKED_AT_ONCE},
-                order.RANKED_AT_ONCE // 32,
+                order.RANKED_AT_ONCE,
                 registers=64,
             ),
             Variant(
@@ -123,9 +122,9 @@ def _order_statistics() -> list[Variant]:
                 order.sum_blocks,
                 {"ordered": FLOATS, "partials": FLOATS, "count": "i32"},
                 {"BLOCK": block, "POWER": 2},
-                warps,
+                threads,
             ),
-            Variant(f"results from blocks of {block}", order.finish, {**tables, **sizes}, finish, warps),
+            Variant(f"results from blocks of {block}", order.finish, {**tables, **sizes}, finish, threads),
         ]
     for groups in (1, 8, 128, 512):
         variants.append(
@@ -134,7 +133,7 @@ def _order_statistics() -> list[Variant]:
                 order.mean_groups,
                 {"energies": FLOATS, "means": FLOATS, **dict.fromkeys(("count", "stride", "groups"), "i32")},
                 {"ROWS": order.TILE // groups, "GROUPS": groups},
-                4,
+                128,
                 everywhere=groups == 128,
             )
         )
@@ -150,7 +149,7 @@ def _others() -> list[Variant]:
             fused.merge_parts,
             {"parts": FLOATS, "ranges": INTS, "sums": FLOATS},
             merging,
-            launch.MERGING_WARPS,
+            launch.MERGING_THREADS,
         ),
         *(
             Variant(
@@ -158,7 +157,7 @@ def _others() -> list[Variant]:
                 triton_sparse.sum_places,
                 {"values": "*" + NAMES[dtype], "weight": "*" + NAMES[dtype], **sparse},
                 {"HAS_WEIGHT": True, "COLUMNS": triton_sparse.COLUMNS_AT_ONCE},
-                4,
+                launch.THREADS,
             )
             for dtype in DTYPES
         ),
@@ -167,7 +166,7 @@ def _others() -> list[Variant]:
             triton_sparse.sum_tokens,
             {"place_energies": FLOATS, "tokens": INTS, "energies": FLOATS, "stored": "i32", "rows": "i32"},
             {"PLANES": 3},
-            1,
+            32,
         ),
     ]
 
@@ -178,15 +177,13 @@ MOST_SHARED = 48 * 1024  # bytes a block has without asking for more
 
 def compiled(variant: Variant, target: str) -> MachineCode:
     nvidia = target.startswith("sm_")
-    # A warp of gfx9 has twice the threads.
-    warps = max(1, variant.warps // 2) if target.startswith("gfx9") else variant.warps
     return compile_for(
         target,
         variant.kernel,
         variant.signature,
         variant.constants,
         divisible=[name for name, kind in variant.signature.items() if kind.startswith("*")],
-        num_warps=warps,
+        num_warps=max(1, variant.threads // (64 if target.startswith("gfx9") else 32)),
         max_registers=variant.registers if nvidia and variant.registers != 255 else None,
     )
 

@@ -40,6 +40,10 @@ def unavailable() -> str | None:
         found = torch.cuda.get_device_capability()
         if found < _OLDEST:
             return f"compute capability {found[0]}.{found[1]} is below {_OLDEST[0]}.{_OLDEST[1]}"
+    try:
+        triton_launch.launch_pass((), (), 0, torch.device("cuda", torch.cuda.current_device()))
+    except Exception as error:  # whatever Triton needs here and does not find: a C compiler, a driver
+        return f"the first kernel failed: {str(error).partition(chr(10))[0] or type(error).__name__}"
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from normscope.ops import triton_fused_pass as kernels
+from normscope.ops.triton_device import guard, is_capturing, options, stream_of, upload
 from normscope.ops.triton_plan import WIDEST_LOAD, Kind, Plan, Run, chunk_of, make_plan, packed
 from normscope.stats import COLUMNS
 
@@ -23,26 +24,19 @@ TYPES = {
     torch.float64: tl.float64,
 }
 
-WARPS = 4
-THREADS = 32 * WARPS
-#: Part rows that the merging kernel adds at once, and its warps.
-MERGED_AT_ONCE, MERGING_WARPS = 256, 8
+#: Threads of a program that sums, and of one that merges; part rows that the latter adds at once.
+THREADS, MERGING_THREADS, MERGED_AT_ONCE = 128, 256, 256
 #: Up to so many parts, one program may merge them all beside those that merge each tensor's.
 MERGED_BY_ONE = 4_096
 
-#: The default differs between versions of Triton; sums of products are fused in all of them.
-FUSED: dict[str, Any] = {"enable_fp_fusion": True}
 
+def registers_of(dtype: torch.dtype, *, narrow: bool = False) -> int:
+    """The most registers of a thread that sums elements of that type.
 
-def settings_of(dtype: torch.dtype, *, narrow: bool = False) -> dict[str, Any]:
-    """Options of a launch that sums elements of that type.
-
-    The most registers a thread may take leave room for 5 programs a multiprocessor, or 4 where the loads of 2-byte
-    types bring more elements, or narrow ones need more addresses. Left to itself ptxas aims at more programs, and
-    spills.
+    They leave room for 5 programs a multiprocessor, or 4 where the loads of 2-byte types bring more elements, or narrow
+    ones need more addresses. Left to itself ptxas aims at more programs, and spills.
     """
-    registers = 128 if narrow or dtype.itemsize == 2 else 96
-    return {"num_warps": WARPS, **FUSED, **({} if torch.version.hip else {"maxnreg": registers})}
+    return 128 if narrow or dtype.itemsize == 2 else 96
 
 
 def lanes_of(dtype: torch.dtype) -> int:
@@ -105,34 +99,6 @@ def tile_of(rows: int, width: int, dtype: torch.dtype, has_weight: bool = False)
     return Tile(tile_rows, columns, groups, even, min(divisor, WIDEST_LOAD), narrow)
 
 
-def guard(device: torch.device) -> AbstractContextManager[object]:
-    """Kernels are launched on PyTorch's current device; this makes it the one of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether the device's current stream is being captured into a graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-# A graph that was captured copies from these whenever it is replayed.
-_captured: list[Tensor] = []
-
-
-def upload(values: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device, without waiting for it."""
-    if device.type == "cpu":
-        return values
-    pinned = values.pin_memory()
-    if is_capturing(device):
-        _captured.append(pinned)
-    return pinned.to(device, non_blocking=True)
-
-
 class _Tables(NamedTuple):
     """A plan, and its tables on the device."""
 
@@ -178,7 +144,7 @@ def _addresses(values: tuple[int, ...], device: torch.device, stream: int) -> Te
 def table_of(values: tuple[int, ...], device: torch.device) -> Tensor:
     """A few integers on the device, kept from one call to the next."""
     with _uncached_while_capturing(device, _addresses):
-        return _addresses(values, device, _stream(device))
+        return _addresses(values, device, stream_of(device))
 
 
 class TokenTable(NamedTuple):
@@ -201,7 +167,7 @@ def launch_pass(
     tiles = [tile_of(t.gradient.shape[0], t.gradient.shape[1], t.gradient.dtype, t.weight is not None) for t in tables]
     programs = [-(-len(t.gradient) // tile.rows_of_program) for t, tile in zip(tables, tiles, strict=True)]
     with guard(device), _uncached_while_capturing(device, _tables, _addresses):
-        stream = _stream(device)
+        stream = stream_of(device)
         there = _tables(
             tuple((run.row, run.kind, run.gradient.numel()) for run in runs),
             tuple((table.row, count) for table, count in zip(tables, programs, strict=True)),
@@ -242,7 +208,7 @@ def _run_chunks(there: _Tables, runs: Sequence[Run], parts: Tensor, device: torc
             parts,
             launch.first,
             **constants_of(kind),
-            **settings_of(kind.gradient),
+            **options(THREADS, device, registers_of(kind.gradient)),
         )
 
 
@@ -261,14 +227,14 @@ def _run_table(table: TokenTable, tile: Tile, programs: int, parts: Tensor, firs
         width // tile.divisor,
         HAS_WEIGHT=weight is not None,
         **tile.constants(width),
-        **settings_of(gradient.dtype, narrow=tile.narrow),
+        **options(THREADS, gradient.device, registers_of(gradient.dtype, narrow=tile.narrow)),
     )
     return energies
 
 
 def _merge(there: _Tables, parts: Tensor, sums: Tensor, rows: int) -> None:
     """One launch merges the parts of each tensor and all of them, unless those are too many for one program."""
-    settings = {"COLUMNS": len(COLUMNS), "BLOCK": MERGED_AT_ONCE, "num_warps": MERGING_WARPS, **FUSED}
+    settings = {"COLUMNS": len(COLUMNS), "BLOCK": MERGED_AT_ONCE, **options(MERGING_THREADS, sums.device)}
     stride = kernels.PADDED.value
     if there.plan.parts <= MERGED_BY_ONE:
         kernels.merge_parts[(rows + 1,)](parts, there.ranges, sums, STRIDE=stride, **settings)

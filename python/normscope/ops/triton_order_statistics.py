@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from normscope.ops.contract import TIE_SLACK, OrderStatistics
-from normscope.ops.triton_launch import FUSED, guard
+from normscope.ops.triton_device import guard, options
 from normscope.stats import Energies
 
 #: Elements of a sorted block: small ones keep many processors at work, large ones are searched less often.
@@ -221,7 +221,7 @@ def _ordered(energies: Tensor, block: int) -> Tensor:
         return torch.sort(energies, descending=True).values
     blocks = -(-count // block)
     ordered = torch.empty(blocks * block, dtype=torch.float64, device=energies.device)
-    sort_blocks[(blocks,)](energies, ordered, count, BLOCK=block, num_warps=warps_of(block), **FUSED)
+    sort_blocks[(blocks,)](energies, ordered, count, BLOCK=block, **options(threads_of(block), energies.device))
     if blocks == 1:
         return ordered
     ranked = torch.empty_like(ordered)
@@ -232,14 +232,14 @@ def _ordered(energies: Tensor, block: int) -> Tensor:
         BLOCK=block,
         STEPS=block.bit_length() - 1,
         LANES=RANKED_AT_ONCE,
-        num_warps=RANKED_AT_ONCE // 32,
-        **FUSED,
+        **options(RANKED_AT_ONCE, energies.device),
     )
     return ranked
 
 
-def warps_of(block: int) -> int:
-    return block // 256
+def threads_of(block: int) -> int:
+    """Threads that work on a block: 8 elements each."""
+    return block // 8
 
 
 def _group_means(energies: Tensor, stride: int) -> Tensor:
@@ -248,7 +248,7 @@ def _group_means(energies: Tensor, stride: int) -> Tensor:
     means = torch.empty(groups, dtype=torch.float64, device=energies.device)
     columns = min(triton.next_power_of_2(groups), 512)
     mean_groups[(-(-groups // columns),)](
-        energies, means, count, groups, groups, ROWS=TILE // columns, GROUPS=columns, num_warps=4, **FUSED
+        energies, means, count, groups, groups, ROWS=TILE // columns, GROUPS=columns, **options(128, energies.device)
     )
     return means
 
@@ -273,7 +273,7 @@ def launch_order_statistics(
         ordered = _ordered(given, block)
         partials = torch.empty((blocks, _PARTIALS.value), dtype=torch.float64, device=device)
         sum_blocks[(blocks,)](
-            ordered, partials, count, POWER=energy_power, BLOCK=block, num_warps=warps_of(block), **FUSED
+            ordered, partials, count, POWER=energy_power, BLOCK=block, **options(threads_of(block), device)
         )
         means = values if stride is None else _group_means(given, stride)
         finish[(1,)](
@@ -292,8 +292,7 @@ def launch_order_statistics(
             BLOCK=block,
             BLOCKS=triton.next_power_of_2(blocks),
             LANES=TILE,
-            num_warps=warps_of(block),
-            **FUSED,
+            **options(threads_of(block), device),
         )
     if isinstance(energies.exponent, Tensor) or energies.exponent:
         factor = torch.as_tensor(energies.exponent, dtype=torch.float64, device=device).exp2()

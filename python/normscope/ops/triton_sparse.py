@@ -15,8 +15,9 @@ from torch import Tensor
 
 from normscope.ops import triton_launch
 from normscope.ops.contract import rows_of
+from normscope.ops.triton_device import guard, options
 from normscope.ops.triton_fused_pass import PADDED, add, merge_parts, no_sizes, store_part, store_products, zeros
-from normscope.ops.triton_launch import FUSED, MERGED_AT_ONCE, MERGING_WARPS, guard, table_of
+from normscope.ops.triton_launch import MERGED_AT_ONCE, MERGING_THREADS, THREADS, table_of
 from normscope.ops.triton_plan import Run
 from normscope.stats import COLUMN_INDEX, COLUMNS
 
@@ -134,12 +135,11 @@ def launch_sparse_pass(gradient: Tensor, weight: Tensor | None) -> tuple[Tensor,
                 width,
                 HAS_WEIGHT=weight is not None,
                 COLUMNS=COLUMNS_AT_ONCE,
-                num_warps=4,
-                **FUSED,
+                **options(THREADS, device),
             )
             inner = max(math.prod(gradient.shape[1 : gradient.sparse_dim()]), 1)
             sum_tokens[(stored,)](
-                of_places, places // inner, energies, stored, len(energies[0]), PLANES=planes, num_warps=1, **FUSED
+                of_places, places // inner, energies, stored, len(energies[0]), PLANES=planes, **options(32, device)
             )
             merge_parts[(1,)](
                 parts,
@@ -148,8 +148,7 @@ def launch_sparse_pass(gradient: Tensor, weight: Tensor | None) -> tuple[Tensor,
                 STRIDE=PADDED.value,
                 COLUMNS=len(COLUMNS),
                 BLOCK=MERGED_AT_ONCE,
-                num_warps=MERGING_WARPS,
-                **FUSED,
+                **options(MERGING_THREADS, device),
             )
     sums[COLUMN_INDEX["count"]] = gradient.numel()
     if weight is not None and weight.numel():
