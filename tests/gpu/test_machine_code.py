@@ -68,7 +68,7 @@ def _table_passes() -> list[Variant]:
             for rows, width in ((9973, 256), (1000, 300), (97, 13), (5000, 1)):
                 tile = launch.tile_of(rows, width, dtype, weight is not None)
                 types = {"gradient": "*" + NAMES[dtype], "weight": "*" + NAMES[weight or dtype]}
-                numbers = dict.fromkeys(("first_part", "rows", "units"), "i32")
+                numbers = dict.fromkeys(("first_part", "rows", "units", "groups"), "i32")
                 variants.append(
                     Variant(
                         f"table {rows} x {width} of {NAMES[dtype]}{'' if weight is None else ' with weight'}",

@@ -184,7 +184,7 @@ def chunk_pass(
     store_part(row, squares, sizes, nonfinite, dots, weight_squares, length, HAS_WEIGHT, WIDE)
 
 
-@triton.jit(do_not_specialize=["first_part", "rows"])
+@triton.jit(do_not_specialize=["first_part", "rows", "groups"])
 def table_pass(
     gradient,  # [rows, width], contiguous
     weight,  # [rows, width], contiguous, beside it
@@ -193,23 +193,23 @@ def table_pass(
     first_part,
     rows,
     units,  # width = units * DIVISOR
+    groups,  # groups of ROWS rows a program
     HAS_WEIGHT: tl.constexpr,
     DIVISOR: tl.constexpr,  # a power of two: the compiler sees that it divides width, and makes loads that wide
     EVEN: tl.constexpr,  # width is a multiple of COLUMNS
     ROWS: tl.constexpr,  # rows and columns of a tile
     COLUMNS: tl.constexpr,
-    GROUPS: tl.constexpr,  # groups of ROWS rows a program
     OFFSET: tl.constexpr,  # the integer type that counts the elements of a program
 ):
-    """Sums of a token table and of each of its rows; a program takes GROUPS * ROWS rows."""
+    """Sums of a token table and of each of its rows; a program takes ``groups * ROWS`` rows."""
     WIDE: tl.constexpr = gradient.dtype.element_ty == tl.float64 or (
         HAS_WEIGHT and weight.dtype.element_ty == tl.float64
     )
     WIDE_ROWS: tl.constexpr = gradient.dtype.element_ty == tl.float64
     width = units * DIVISOR
     program = tl.program_id(0)
-    first_row = program.to(tl.int64) * (GROUPS * ROWS)
-    groups = tl.minimum(tl.cdiv(rows - first_row, ROWS), GROUPS).to(tl.int32)
+    first_row = program.to(tl.int64) * (groups * ROWS)
+    own_rows = tl.minimum(rows - first_row, groups * ROWS)
     step = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     total = zeros([ROWS])
@@ -218,8 +218,8 @@ def table_pass(
     weight_squares = zeros([ROWS, COLUMNS])
     g = gradient + first_row * width
     w = weight + first_row * width
-    for group in range(groups):
-        left = (rows - first_row - group * ROWS).to(tl.int32)
+    for group in range(tl.cdiv(own_rows, ROWS).to(tl.int32)):
+        left = (own_rows - group * ROWS).to(tl.int32)
         start = (group * ROWS + step)[:, None].to(OFFSET) * width
         squares = zeros([ROWS, COLUMNS])
         for block in range(0, width, COLUMNS):
@@ -244,7 +244,7 @@ def table_pass(
             tl.store(row + 2 * rows.to(tl.int64), of_rows, mask=step < left)
             small += of_rows
         total = middle, large, small
-    length = tl.minimum(rows - first_row, GROUPS * ROWS) * width
+    length = own_rows * width
     nonfinite = _count_nonfinite(sizes, g, length, ROWS * COLUMNS)
     part = parts + (first_part + program) * PADDED
     store_part(part, total, sizes, nonfinite, dots, weight_squares, length, HAS_WEIGHT, WIDE)

@@ -82,7 +82,6 @@ class Tile(NamedTuple):
             "EVEN": self.even,
             "ROWS": self.rows,
             "COLUMNS": self.columns,
-            "GROUPS": self.groups,
             "OFFSET": tl.int32 if self.rows_of_program * width < 2**31 else tl.int64,
         }
 
@@ -225,6 +224,7 @@ def _run_table(table: TokenTable, tile: Tile, programs: int, parts: Tensor, firs
         first_part,
         rows,
         width // tile.divisor,
+        tile.groups,
         HAS_WEIGHT=weight is not None,
         **tile.constants(width),
         **options(THREADS, gradient.device, registers_of(gradient.dtype, narrow=tile.narrow)),
