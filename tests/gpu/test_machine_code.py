@@ -124,7 +124,9 @@ def _order_statistics() -> list[Variant]:
                 {"BLOCK": block, "POWER": 2},
                 threads,
             ),
-            Variant(f"results from blocks of {block}", order.finish, {**tables, **sizes}, finish, threads),
+            Variant(
+                f"results from blocks of {block}", order.finish, {**tables, **sizes}, finish, order.FINISHING_THREADS
+            ),
         ]
     for groups in (1, 8, 128, 512):
         variants.append(

@@ -26,6 +26,8 @@ RANKED_UP_TO = 16 * BLOCK
 
 #: Columns of a block's partial results: sum of energies and of norms, each a double-double; Gini terms; not finite.
 _PARTIALS: tl.constexpr = tl.constexpr(8)
+#: Threads of the one program that puts everything together.
+FINISHING_THREADS = 512
 #: Elements that find their rank in one program.
 RANKED_AT_ONCE = 256
 #: Elements of a tile of the group sums, and group means that are summed up at once.
@@ -292,7 +294,7 @@ def launch_order_statistics(
             BLOCK=block,
             BLOCKS=triton.next_power_of_2(blocks),
             LANES=TILE,
-            **options(threads_of(block), device),
+            **options(FINISHING_THREADS, device),
         )
     if isinstance(energies.exponent, Tensor) or energies.exponent:
         factor = torch.as_tensor(energies.exponent, dtype=torch.float64, device=device).exp2()
