@@ -27,9 +27,10 @@ moduli() {
     sweep moduli --p 53,59,71 --rho 0.85,1.00,1.15 --budget 40000
 }
 
-# The learning rate at one held norm: four free controls, four clamped cells. About 5 minutes.
+# The learning rate, at 0.85 of its own critical norm and at one held norm for all. About 5 minutes.
 lr() {
     sweep lr --p 59 --lr 0.001,0.002,0.004,0.008 --rho 0.85
+    sweep lr_one_norm --p 59 --lr 0.001,0.002,0.004,0.008 --rho 0.85 --critical-norm 54.3
 }
 
 # The norm at one learning rate. About 40 minutes.
