@@ -61,9 +61,10 @@ def test_a_list_with_weights(dtype: torch.dtype, arch: int, monkeypatch: pytest.
     assert log.names == ["chunk_pass", "chunk_pass", "merge_parts"], "one launch with weights, one without, one merge"
 
 
-@ARCHES
 @each_dtype
-@pytest.mark.parametrize("shape", [(70, 256), (19, 300), (97, 13), (300, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "arch"), [((70, 256), 80), ((70, 256), 90), ((19, 300), 90), ((97, 13), 80), ((300, 1), 90)], ids=str
+)
 def test_token_tables(shape: tuple[int, int], dtype: torch.dtype, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     gradient, weight = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=1)
     with on_cpu(monkeypatch, arch=arch) as log:
@@ -128,9 +129,9 @@ def test_runs_that_are_not_aligned(arch: int, monkeypatch: pytest.MonkeyPatch) -
     assert bits(actual.sums) == bits(same.sums)
 
 
-@ARCHES
-@pytest.mark.parametrize("count", [1, 700, 1024, 2500])
-@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize(
+    ("count", "power", "arch"), [(1, 2, 90), (700, 1, 80), (1024, 2, 90), (2500, 1, 90), (2500, 2, 80)]
+)
 def test_order_statistics(count: int, power: int, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(count)
     energies = Energies(guarded(torch.rand(count, generator=generator, dtype=torch.float64) ** -2), 0)
@@ -169,15 +170,14 @@ def test_large_blocks_of_energies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(actual.gini, expected.gini, ulps=64, scale=1.0)
 
 
-@ARCHES
 @each_dtype
-def test_sparse_gradients(dtype: torch.dtype, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sparse_gradients(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(2)
     indices = torch.randint(0, 30, (1, 40), generator=generator)
     values = torch.randn(40, 17, generator=generator, dtype=torch.float64).to(dtype)
     gradient = torch.sparse_coo_tensor(indices, values, (50, 17), check_invariants=True)
     weight = normal(50, 17, dtype=dtype)
-    with on_cpu(monkeypatch, arch=arch) as log:
+    with on_cpu(monkeypatch, arch=80 if dtype is torch.float32 else 90) as log:
         actual = triton_backend.fused_pass([gradient], [weight], (0,))
     assert_same_stats(actual, reference.fused_pass([gradient], [weight], (0,)), 1e3)
     assert log.names == ["merge_parts", "sum_places", "sum_tokens", "merge_parts", "chunk_pass", "merge_parts"]
@@ -217,7 +217,7 @@ def test_wrong_code_is_caught(mutation: Any, shape: tuple[int, ...], monkeypatch
     count = mutations.places(code, mutation)
     assert count > 0
     # Some barriers are not needed, where a warp reads what it wrote itself; and a wrong shuffle of zeros gives zero.
-    tried = range(0, count, max(1, count // 6))
+    tried = range(0, count, max(1, count // 4))
     caught = [
         not _runs(
             gradient, monkeypatch, change=lambda text, place=place: mutation(text, place) if text == code else text
