@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from normscope.doctor.cases import CASES, ENERGIES, RANGE_CASES, SPARSE_CASES, Case, sparse, weight_for
+from normscope.doctor.cases import CASES, ENERGIES, LARGE_ENERGIES, RANGE_CASES, SPARSE_CASES, Case, sparse, weight_for
 from normscope.ops.contract import DTYPES
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "DTYPES",
     "ENERGIES",
     "FINITE",
+    "LARGE_ENERGIES",
     "RANGE_CASES",
     "SPARSE_CASES",
     "Case",

@@ -23,7 +23,7 @@ MODULES = {
 
 #: From the bottom up; a module may import those of lower rooms and of its own.
 ROOMS: tuple[tuple[str, ...], ...] = (
-    ("record", "errors"),
+    ("record", "errors", "sending"),
     ("stats",),
     ("tensors", "checkpoints"),
     ("ops",),
@@ -42,7 +42,17 @@ SINKS_MAY_IMPORT = {"record", "errors", "sinks"}
 #: Rooms that are users of the rest, and so may import sinks and the public names.
 WRITERS = {"grokking", "doctor", "cli", "integrations"}
 
-OPTIONAL = ("rich", "typer", "matplotlib", "tensorboard", "torch.utils.tensorboard", "scipy", "safetensors", "pyarrow")
+OPTIONAL = (
+    "rich",
+    "typer",
+    "matplotlib",
+    "tensorboard",
+    "torch.utils.tensorboard",
+    "scipy",
+    "safetensors",
+    "pyarrow",
+    "triton",
+)
 #: The public names that a reader of the design expects, as far as they exist in this version.
 PUBLIC = (
     "Monitor",

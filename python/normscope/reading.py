@@ -11,6 +11,7 @@ from torch import Tensor
 
 from normscope import ops
 from normscope.errors import UnsupportedTensorError
+from normscope.sending import sent
 from normscope.stats import COLUMN_INDEX, Stats
 from normscope.tensors import TensorList
 
@@ -54,7 +55,7 @@ class WeightView(NamedTuple):
 
 def picked(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     """The rows of that index, whatever the default device is."""
-    return tensor[torch.tensor(rows, dtype=torch.int64, device=tensor.device)]
+    return tensor[sent(torch.tensor(rows, dtype=torch.int64, device="cpu"), tensor.device)]
 
 
 def weights_beside(names: Sequence[str], stats: Stats) -> WeightView:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from normscope.sending import sent
+
 
 class Merge(Enum):
     """How the values of two parts of a tensor (chunks, threads, ranks) combine into the value of the whole."""
@@ -133,9 +135,9 @@ def joined(indices: Sequence[Sequence[int]], parts: Sequence[Stats]) -> Stats:
         parts: their stats. The result lies on the first device that is not the CPU; nothing waits for it.
     """
     device = next((part.sums.device for part in parts if not part.sums.is_cpu), parts[0].sums.device)
-    rows = torch.cat([_sent(part.sums[:-1], device) for part in parts])
+    rows = torch.cat([sent(part.sums[:-1], device) for part in parts])
     place = {index: row for row, index in enumerate(index for part in indices for index in part)}
-    order = _sent(torch.tensor([place[index] for index in range(len(place))]), device)
+    order = sent(torch.tensor([place[index] for index in range(len(place))], device="cpu"), device)
     rows = rows[order]
     energies = {
         places[index]: found
@@ -143,10 +145,3 @@ def joined(indices: Sequence[Sequence[int]], parts: Sequence[Stats]) -> Stats:
         for index, found in part.energies.items()
     }
     return Stats(torch.cat([rows, merge(rows)[None]]), all(part.in_range for part in parts), energies)
-
-
-def _sent(values: Tensor, device: torch.device) -> Tensor:
-    """Values on another device, without waiting for either."""
-    if values.is_cpu and device.type == "cuda":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)

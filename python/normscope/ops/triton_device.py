@@ -1,4 +1,4 @@
-"""The device that Triton's kernels run on: the current one, its stream, what a launch asks of it, and uploads to it."""
+"""The device that Triton's kernels run on: the current one, its stream, and what a launch asks of it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
 #: The oldest version of Triton that the kernels have been compiled and executed with.
 _OLDEST_TRITON = (3, 7)
 
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST_TRITON:
     raise ImportError(f"Triton {triton.__version__} is older than {'.'.join(map(str, _OLDEST_TRITON))}")
-
-# A graph that was captured copies from these whenever it is replayed.
-_captured: list[Tensor] = []
 
 
 def guard(device: torch.device) -> AbstractContextManager[object]:
@@ -28,21 +24,6 @@ def guard(device: torch.device) -> AbstractContextManager[object]:
 def stream_of(device: torch.device) -> int:
     """The device's current stream."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether the device's current stream is being captured into a graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def upload(values: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device, without waiting for it."""
-    if device.type == "cpu":
-        return values
-    pinned = values.pin_memory()
-    if is_capturing(device):
-        _captured.append(pinned)
-    return pinned.to(device, non_blocking=True)
 
 
 @lru_cache

@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from normscope.ops import triton_fused_pass as kernels
-from normscope.ops.triton_device import guard, is_capturing, options, stream_of, upload
+from normscope.ops.triton_device import guard, options, stream_of
 from normscope.ops.triton_plan import WIDEST_LOAD, Kind, Plan, Run, chunk_of, make_plan, packed
+from normscope.sending import is_capturing, sent
 from normscope.stats import COLUMNS
 
 TYPES = {
@@ -130,14 +131,14 @@ def _tables(
     plan = make_plan(kinds, tables, rows)
     sections = (plan.elements, plan.chunk, plan.first, plan.slot_of_chunk, plan.ranges)
     whole, starts = packed(*sections)
-    there = upload(whole, device)
+    there = sent(whole, device)
     return _Tables(plan, *(there[start : start + part.numel()] for start, part in zip(starts, sections, strict=True)))
 
 
 @lru_cache(maxsize=16)
 def _addresses(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     """Addresses in a table on the device; while tensors stay where they are, nothing is uploaded again."""
-    return upload(torch.tensor(values, dtype=torch.int64), device)
+    return sent(torch.tensor(values, dtype=torch.int64, device="cpu"), device)
 
 
 def table_of(values: tuple[int, ...], device: torch.device) -> Tensor:
@@ -182,7 +183,7 @@ def launch_pass(
             energies[table.row] = _run_table(table, tile, count, parts, part)
             part += count
         sums = torch.empty((rows + 1, len(COLUMNS)), dtype=torch.float64, device=device)
-        _merge(there, parts, sums, rows)
+        _merge_all(there, parts, sums, rows)
     return sums, energies
 
 
@@ -232,12 +233,23 @@ def _run_table(table: TokenTable, tile: Tile, programs: int, parts: Tensor, firs
     return energies
 
 
-def _merge(there: _Tables, parts: Tensor, sums: Tensor, rows: int) -> None:
+def merge(parts: Tensor, ranges: Tensor, sums: Tensor, rows: int) -> None:
+    """Write the first ``rows`` rows of the sums, float64 ``[.., columns]``, each from its range of the parts."""
+    kernels.merge_parts[(rows,)](
+        parts,
+        ranges,
+        sums,
+        STRIDE=parts.stride(0),
+        COLUMNS=len(COLUMNS),
+        BLOCK=MERGED_AT_ONCE,
+        **options(MERGING_THREADS, sums.device),
+    )
+
+
+def _merge_all(there: _Tables, parts: Tensor, sums: Tensor, rows: int) -> None:
     """One launch merges the parts of each tensor and all of them, unless those are too many for one program."""
-    settings = {"COLUMNS": len(COLUMNS), "BLOCK": MERGED_AT_ONCE, **options(MERGING_THREADS, sums.device)}
-    stride = kernels.PADDED.value
     if there.plan.parts <= MERGED_BY_ONE:
-        kernels.merge_parts[(rows + 1,)](parts, there.ranges, sums, STRIDE=stride, **settings)
-        return
-    kernels.merge_parts[(rows,)](parts, there.ranges, sums, STRIDE=stride, **settings)
-    kernels.merge_parts[(1,)](sums, there.ranges[2 * (rows + 1) :], sums[rows:], STRIDE=len(COLUMNS), **settings)
+        merge(parts, there.ranges, sums, rows + 1)
+    else:
+        merge(parts, there.ranges, sums, rows)
+        merge(sums, there.ranges[2 * (rows + 1) :], sums[rows:], 1)

@@ -97,7 +97,7 @@ def make_plan(kinds: Sequence[tuple[int, Kind, int]], tables: Sequence[tuple[int
         rows: rows of the result, without the last that merges all.
     """
     order = sorted(range(len(kinds)), key=lambda index: _sort_key(kinds[index][1]))
-    ranges = torch.zeros(rows + 2, 2, dtype=torch.int64)
+    ranges = torch.zeros(rows + 2, 2, dtype=torch.int64, device="cpu")
     launches: list[Launch] = []
     elements, chunk, first = [], [], []
     slots_of_chunks: list[Tensor] = []
@@ -109,19 +109,19 @@ def make_plan(kinds: Sequence[tuple[int, Kind, int]], tables: Sequence[tuple[int
         elements.append(count)
         chunk.append(size)
         first.append(part)
-        slots_of_chunks.append(torch.full((chunks,), slot, dtype=torch.int64))
-        ranges[row] = torch.tensor([part, part + chunks])
+        slots_of_chunks.append(torch.full((chunks,), slot, dtype=torch.int64, device="cpu"))
+        ranges[row, 0], ranges[row, 1] = part, part + chunks
         if launches and launches[-1].kind == kind:
             launches[-1] = launches[-1]._replace(chunks=launches[-1].chunks + chunks)
         else:
             launches.append(Launch(kind, part, chunks))
         part += chunks
     for row, parts in tables:
-        ranges[row] = torch.tensor([part, part + parts])
+        ranges[row, 0], ranges[row, 1] = part, part + parts
         part += parts
-    ranges[rows:] = torch.tensor([[0, part], [0, rows]])
-    every_chunk = torch.cat(slots_of_chunks) if slots_of_chunks else torch.zeros(0, dtype=torch.int64)
-    as_tensor = [torch.tensor(column, dtype=torch.int64) for column in (elements, chunk, first)]
+    ranges[rows:] = torch.tensor([[0, part], [0, rows]], device="cpu")
+    every_chunk = torch.cat(slots_of_chunks) if slots_of_chunks else torch.zeros(0, dtype=torch.int64, device="cpu")
+    as_tensor = [torch.tensor(column, dtype=torch.int64, device="cpu") for column in (elements, chunk, first)]
     return Plan(tuple(order), tuple(launches), part, as_tensor[0], as_tensor[1], as_tensor[2], every_chunk, ranges)
 
 
@@ -135,7 +135,7 @@ def packed(*sections: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     for section in sections:
         starts.append(end)
         end += -(-max(section.numel(), 1) // _SECTION) * _SECTION
-    whole = torch.zeros(end, dtype=torch.int64)
+    whole = torch.zeros(end, dtype=torch.int64, device="cpu")
     for start, section in zip(starts, sections, strict=True):
         whole[start : start + section.numel()] = section.reshape(-1)
     return whole, tuple(starts)

@@ -16,8 +16,8 @@ from torch import Tensor
 from normscope.ops import triton_launch
 from normscope.ops.contract import rows_of
 from normscope.ops.triton_device import guard, options
-from normscope.ops.triton_fused_pass import PADDED, add, merge_parts, no_sizes, store_part, store_products, zeros
-from normscope.ops.triton_launch import MERGED_AT_ONCE, MERGING_THREADS, THREADS, table_of
+from normscope.ops.triton_fused_pass import PADDED, add, no_sizes, store_part, store_products, zeros
+from normscope.ops.triton_launch import THREADS, merge, table_of
 from normscope.ops.triton_plan import Run
 from normscope.stats import COLUMN_INDEX, COLUMNS
 
@@ -141,15 +141,7 @@ def launch_sparse_pass(gradient: Tensor, weight: Tensor | None) -> tuple[Tensor,
             sum_tokens[(stored,)](
                 of_places, places // inner, energies, stored, len(energies[0]), PLANES=planes, **options(32, device)
             )
-            merge_parts[(1,)](
-                parts,
-                table_of((0, stored), device),
-                sums,
-                STRIDE=PADDED.value,
-                COLUMNS=len(COLUMNS),
-                BLOCK=MERGED_AT_ONCE,
-                **options(MERGING_THREADS, device),
-            )
+            merge(parts, table_of((0, stored), device), sums, 1)
     sums[COLUMN_INDEX["count"]] = gradient.numel()
     if weight is not None and weight.numel():
         first = COLUMN_INDEX["weight_squares"]

@@ -98,7 +98,7 @@ def test_tables_are_uploaded_only_when_tensors_are_others(monkeypatch: pytest.Mo
         uploads.append(values.numel())
         return values
 
-    monkeypatch.setattr(triton_launch, "upload", upload)
+    monkeypatch.setattr(triton_launch, "sent", upload)
     gradients = [torch.randn(n) for n in (5000, 300, 70)]
     triton_backend.fused_pass(gradients)
     uploads.clear()

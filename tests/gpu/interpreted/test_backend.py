@@ -13,6 +13,7 @@ from cases import (
     DTYPES,
     ENERGIES,
     FINITE,
+    LARGE_ENERGIES,
     RANGE_CASES,
     SPARSE_CASES,
     Case,
@@ -28,7 +29,7 @@ import normscope as ns
 from gpu.tools.interpreter import Report, assert_no_races, checked, install
 from gpu.watching import runs_of_passes, unwritten_is_nan
 from normscope.errors import UnsupportedTensorError
-from normscope.ops import backends, cpu, reference
+from normscope.ops import backends, cpu, reference, triton_launch
 from normscope.ops import triton_backend as triton
 from normscope.stats import Energies
 
@@ -103,8 +104,6 @@ def test_bits_do_not_depend_on_grouping_or_order(dtype: torch.dtype) -> None:
 
 
 def test_a_tensor_of_more_parts_than_one_program_merges(monkeypatch: pytest.MonkeyPatch) -> None:
-    from normscope.ops import triton_launch
-
     gradients = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (40_000, 3, 17_000)]
     expected = triton.fused_pass(gradients).sums
     monkeypatch.setattr(triton_launch, "MERGED_BY_ONE", 2)
@@ -137,18 +136,13 @@ def test_sparse_that_is_not_finite(value: float) -> None:
     assert_same_stats(triton.fused_pass([gradient], None, (0,)), reference.fused_pass([gradient], None, (0,)), 0.0)
 
 
-def _energies() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(9)
-    return {
-        **ENERGIES,
-        "one_block": torch.rand(1024, generator=generator),
-        "one_more": torch.randint(0, 9, (1025,), generator=generator),
-        "large_blocks": torch.rand(20_000, generator=generator, dtype=torch.float64) ** -2,
-        "sorted_by_torch": torch.randint(0, 50, (70_000,), generator=generator),
-        "nan_sorted_by_torch": torch.rand(70_000, generator=generator).index_fill(0, torch.tensor([7]), math.nan),
-    }
-
-
+SEVERAL_BLOCKS = {
+    **ENERGIES,
+    **LARGE_ENERGIES,
+    "nan_sorted_by_torch": torch.rand(70_000, generator=torch.Generator().manual_seed(9)).index_fill(
+        0, torch.tensor([7]), math.nan
+    ),
+}
 OPTIONS = [
     *((2, "max", 0.01, stride) for stride in (None, 1, 2, 7, 99, 20_000)),
     (1, "mean", 0.1, 7),
@@ -160,10 +154,10 @@ OPTIONS_OF_MANY = [(2, "max", 0.01, 99), (1, "mean", 0.1, 7)]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("name", _energies())
+@pytest.mark.parametrize("name", SEVERAL_BLOCKS)
 def test_order_statistics(name: str, options: tuple[int, str, float, int | None]) -> None:
     power, threshold_of, threshold, stride = options
-    values = _energies()[name].double()
+    values = SEVERAL_BLOCKS[name].double()
     if len(values) > 5000 and options not in OPTIONS_OF_MANY:
         pytest.skip("interpreted with other options")
     asked = {
@@ -195,6 +189,20 @@ def test_token_metrics_of_extreme_tables(magnitude: float) -> None:
         actual = ns.token_gradient(table, stride=7)
     for key, value in expected.items():
         assert actual[key] == pytest.approx(value, rel=1e-13, abs=0.0), key
+
+
+def test_the_default_device_does_not_matter() -> None:
+    gradients = [torch.ones(40_000), torch.ones(20, 3)]
+    expected = triton.fused_pass(gradients, None, (1,))
+    triton_launch._tables.cache_clear()
+    triton_launch._addresses.cache_clear()
+    with torch.device("meta"):
+        actual = triton.fused_pass(gradients, None, (1,))
+        statistics = triton.order_statistics(
+            actual.energies[1], fractions=(0.5,), threshold=0.01, threshold_of="max", energy_power=2, stride=3
+        )
+    assert bits(actual.sums) == bits(expected.sums)
+    assert statistics.counts.tolist() == [10.0]
 
 
 def test_functions_on_the_chosen_backend() -> None:
