@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,12 @@ from normscope.record import Record
 
 class CriticalNormError(NormscopeError, ValueError):
     """There is too little to tell a critical norm, or its power law, from; the message says what is missing."""
+
+
+def percentiles(drawn: Any, level: float) -> tuple[float, float]:
+    """The interval that holds the middle ``level`` of bootstrap values."""
+    low, high = np.quantile(drawn, ((1 - level) / 2, (1 + level) / 2))
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -108,9 +115,9 @@ class CriticalNorm:
         if not 0 < level < 1 or draws < 1:
             raise ValueError(f"the level must be in (0, 1) and draws at least 1, not {level!r} and {draws!r}")
         drawn = np.random.default_rng(seed).choice(np.asarray(norms, dtype=float), size=(draws, len(norms)))
-        low, high = np.quantile(np.median(drawn, axis=1), ((1 - level) / 2, (1 + level) / 2))
         counted = len(norms) if runs is None else runs
-        return cls(tuple(norms), tuple(t_mem), tuple(t_grok), counted, (float(low), float(high)), level)
+        interval = percentiles(np.median(drawn, axis=1), level)
+        return cls(tuple(norms), tuple(t_mem), tuple(t_grok), counted, interval, level)
 
     @property
     def median(self) -> float:
@@ -197,8 +204,7 @@ def fit_power_law(
     drawn = [np.median(generator.choice(found, size=(draws, len(found))), axis=1) for found in seeds.values()]
     centred = log_p - log_p.mean()
     exponents = centred @ np.log(np.array(drawn)) / (centred @ centred)
-    low, high = np.quantile(exponents, ((1 - level) / 2, (1 + level) / 2))
     residuals = medians - exponent * log_p - level_at_one
     spread = ((medians - medians.mean()) ** 2).sum()
     r_squared = float(1 - (residuals**2).sum() / spread) if spread > 0 else math.nan
-    return NormPowerLaw(math.exp(level_at_one), float(exponent), (float(low), float(high)), r_squared)
+    return NormPowerLaw(math.exp(level_at_one), float(exponent), percentiles(exponents, level), r_squared)

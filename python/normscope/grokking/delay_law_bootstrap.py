@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from normscope.grokking.critical_norm import percentiles
 from normscope.grokking.delay_law_data import Cell
 from normscope.grokking.delay_law_fit import Distribution, Line, least_squares, maximum_likelihood
 
@@ -49,8 +50,7 @@ def interval(values: Any, level: float) -> tuple[float, float] | None:
     defined = np.asarray(values)[np.isfinite(values)]
     if len(defined) < max(2, len(values) / 2) or np.ptp(defined) <= 1e-12 * np.abs(defined).max():
         return None
-    low, high = np.quantile(defined, ((1 - level) / 2, (1 + level) / 2))
-    return float(low), float(high)
+    return percentiles(defined, level)
 
 
 class Drawn(NamedTuple):

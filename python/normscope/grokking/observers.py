@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from normscope.observer import Observer, Reads, View
+from normscope.ops import order_statistics
+from normscope.sending import sent
+from normscope.stats import Energies
 from normscope.tensors import token_table
 
 _COLUMNS_AT_ONCE = 64
@@ -89,7 +92,7 @@ def steps_left(steps: Sequence[int], norms: Tensor, critical_norm: float) -> Ten
     """Steps from the last one until a line through the norms (float64 ``[steps]``) is at ``critical_norm``, or NaN."""
     if len(steps) < 2:
         return torch.full_like(norms[-1], torch.nan)
-    at = torch.tensor(steps, dtype=torch.float64).to(norms.device, non_blocking=True)
+    at = sent(torch.tensor(steps, dtype=torch.float64, device="cpu"), norms.device)
     at = at - at.mean()
     rate = (at * (norms - norms.mean())).sum() / at.square().sum()
     left = (norms[-1] - critical_norm) / -rate
@@ -147,11 +150,9 @@ def frequency_power(table: Tensor) -> Tensor:
 
 
 def gini(values: Tensor) -> Tensor:
-    """sum_i (2i - n - 1) x_(i) / (n sum x) of n values of at least 0, x_(1) <= ... <= x_(n); NaN for none or zeros."""
-    ordered = values.sort().values
-    count = len(ordered)
-    weights = 2 * torch.arange(count, dtype=torch.float64, device=values.device) - (count - 1)
-    return (weights * ordered).sum() / (count * ordered.sum())
+    """Gini coefficient of values (float64 ``[n]``) of at least 0; NaN for none, zeros, NaN or inf."""
+    shares = values / values.amax() if len(values) else values  # whose squares stay in range
+    return order_statistics(Energies(shares.square(), exponent=0), fractions=()).gini
 
 
 class LogitScale(Observer):

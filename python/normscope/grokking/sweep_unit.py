@@ -16,10 +16,9 @@ from normscope.grokking.stacked import Stack
 from normscope.grokking.sweep import Configuration, task_label
 from normscope.grokking.sweep_results import SweepFileError, SweepRow
 from normscope.grokking.trainer import is_on_geometric_grid
-from normscope.grokking.transitions import GENERALISED, MEMORISED
+from normscope.grokking.transitions import GENERALISED, MEMORISED, STAYED
 
 _FORMAT = 1
-_STAYED = 5  # records in a row with a test accuracy of at least 0.90 end a run whose T_mem is unknown
 
 
 @dataclass
@@ -39,7 +38,7 @@ class Seen:
         if self.t_grok is None and test >= GENERALISED:
             self.t_grok, self.norm_at_grok = step, norm
         self.generalised = self.generalised + 1 if test >= GENERALISED else 0
-        is_known = self.t_grok is not None and (self.t_mem is not None or self.generalised >= _STAYED)
+        is_known = self.t_grok is not None and (self.t_mem is not None or self.generalised >= STAYED)
         self.is_over = is_known or not norm < float("inf")
 
 

@@ -27,7 +27,6 @@ from normscope.observers import Norms, NormTrajectory, TokenGradient, WeightTrac
 from normscope.record import Record
 from normscope.sinks import JSONL, read_records
 
-STAYED = 5  # records in a row with a test accuracy of at least 0.90 end a run
 _EXAMPLES_OF_LOGITS = 20_000  # first training examples, a random sample of them
 _LOGITS_AT_ONCE = 1 << 22
 _CHECKPOINT_SHARE = 0.01  # of the time may go into checkpoints
@@ -162,7 +161,7 @@ def train(
 
 
 def _why_stop(trainer: Trainer, records: Sequence[Record]) -> Stop | None:
-    if has_stayed_generalised(records, STAYED):
+    if has_stayed_generalised(records):
         return Stop.GROKKED
     if records and not math.isfinite(records[-1]["task/train_loss"]):
         return Stop.DIVERGED

@@ -11,6 +11,7 @@ from normscope.record import Record
 
 MEMORISED = 0.99  # training accuracy
 GENERALISED = 0.90  # test accuracy
+STAYED = 5  # records in a row that are generalised end a run
 _TRAIN, _TEST, _NORM = "task/train_accuracy", "task/test_accuracy", "weight_norm/total"
 Scale = Literal["step", "log step"]
 
@@ -106,7 +107,7 @@ def _between(before: Record, record: Record, key: str, threshold: float, scale: 
     return Crossing(step, norm)
 
 
-def has_stayed_generalised(records: Sequence[Record], count: int) -> bool:
+def has_stayed_generalised(records: Sequence[Record], count: int = STAYED) -> bool:
     """Whether the last ``count`` records all have a test accuracy of at least 0.90."""
     last = records[-count:]
     return len(last) == count and all(record[_TEST] >= GENERALISED for record in last)
