@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from normscope.cli.options import WRITTEN, JsonPath
+from normscope.cli.options import JsonPath, plot_option
 
 if TYPE_CHECKING:
     from normscope.grokking import DelayLawFit
@@ -35,15 +35,7 @@ def fit(
     ] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Of these draws.", rich_help_panel=_HOW)] = 0,
     json: JsonPath = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="OUT",
-            help="Draw T_grok over rho, the collapse and the residuals: png, pdf or svg.",
-            show_default=False,
-            rich_help_panel=WRITTEN,
-        ),
-    ] = None,
+    plot: Annotated[Path | None, plot_option("Draw T_grok over rho, the collapse and the residuals")] = None,
 ) -> None:
     """Fit T_grok = A_p exp(alpha rho), one alpha for all moduli, to runs whose weight norm was held at rho * W_c.
 

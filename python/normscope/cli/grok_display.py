@@ -9,15 +9,14 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
 import torch
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Group
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from normscope.cli.progress import LiveView
 from normscope.errors import MissingExtraError
 from normscope.grokking import (
     GrokConfig,
@@ -37,7 +36,7 @@ _SECONDS_BETWEEN_DRAWS = 0.1
 _SECONDS_BETWEEN_LINES = 10.0  # where the output is no terminal
 
 
-class GrokDisplay(Progress):
+class GrokDisplay(LiveView, Progress):
     """Follows one run on standard output.
 
     Args:
@@ -47,10 +46,10 @@ class GrokDisplay(Progress):
     """
 
     def __init__(self, config: GrokConfig, folder: Path, critical_norm: float | None = None) -> None:
+        super().__init__()
         self._config = config
         self._folder = RunFolder(folder)
         self._unit = "epoch" if config.loop == "epoch" else "step"
-        self._console = Console(highlight=False)
         self._bar = Bar(
             TextColumn("step [bold]{task.completed:,.0f}[/] of at most {task.total:,.0f}"),
             BarColumn(bar_width=None),
@@ -59,7 +58,6 @@ class GrokDisplay(Progress):
             expand=True,
         )
         self._task = self._bar.add_task("train", total=config.max_steps, speed="")
-        self._live: Live | None = None
         self._latest: Record | None = None
         self._critical_norm = critical_norm
         self._norms: deque[tuple[int, float]] = deque(maxlen=RECORDS_OF_RATE)
@@ -67,15 +65,6 @@ class GrokDisplay(Progress):
         self._is_started = False
         self._first_step = 0
         self._start = self._last_draw = time.monotonic()
-
-    def __enter__(self) -> GrokDisplay:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._live:
-            self._live.stop()
 
     def start(self, trainer: Trainer, records: Sequence[Record]) -> None:
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
@@ -94,10 +83,7 @@ class GrokDisplay(Progress):
         self._latest = records[-1] if records else None
         self._norms.extend((record.step, record["weight_norm/total"]) for record in records)
         self._start = time.monotonic()
-        if self._console.is_terminal:
-            # No refresh thread: the drawing happens between two steps.
-            self._live = Live(console=self._console, auto_refresh=False, get_renderable=self._frame, transient=True)
-            self._live.start()
+        self._begin(self._frame)
 
     def record(self, record: Record) -> None:
         self._latest = record

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -23,6 +23,12 @@ JsonPath: TypeAlias = Annotated[
         metavar="OUT", help="Write a JSON object; - is standard output.", show_default=False, rich_help_panel=WRITTEN
     ),
 ]
+
+
+def plot_option(what: str) -> Any:
+    """The option ``--plot OUT`` of a command; ``what`` begins its help."""
+    return typer.Option(metavar="OUT", help=f"{what}: png, pdf or svg.", show_default=False, rich_help_panel=WRITTEN)
+
 
 _PARITY = "Task parity"
 

@@ -8,14 +8,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from normscope.cli.progress import LiveView
 from normscope.grokking import Configuration, SweepGrid, SweepProgress, SweepRow
 from normscope.grokking.sweep import row_key
 from normscope.grokking.sweep_unit import Status
@@ -36,7 +34,7 @@ class _Shown:
     norm: float | None = None
 
 
-class SweepDisplay(SweepProgress):
+class SweepDisplay(LiveView, SweepProgress):
     """Follows one sweep on standard output.
 
     Args:
@@ -46,24 +44,14 @@ class SweepDisplay(SweepProgress):
     """
 
     def __init__(self, grid: SweepGrid, out: Path, jobs: int) -> None:
+        super().__init__()
         self._grid = grid
         self._out = out
         self._jobs = jobs
-        self._console = Console(highlight=False)
-        self._live: Live | None = None
         self._shown: dict[Any, _Shown] = {}
         self._began: dict[Any, float] = {}
         self._last_draw = 0.0
         self._has_run = 0
-
-    def __enter__(self) -> SweepDisplay:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._live:
-            self._live.stop()
 
     @property
     def is_unfinished(self) -> bool:
@@ -79,10 +67,8 @@ class SweepDisplay(SweepProgress):
             f"{len(cells)} cells, {sum(len(cell.seeds) for cell in cells)} runs in all, "
             f"{sum(left.values())} to run on {self._jobs} thread{'s' if self._jobs > 1 else ''}, into {self._out}"
         )
-        if missing and self._console.is_terminal:
-            # No refresh thread: ``tick`` draws.
-            self._live = Live(console=self._console, auto_refresh=False, get_renderable=self._table, transient=True)
-            self._live.start()
+        if missing:
+            self._begin(self._table)
 
     def critical_norm(self, cell: Configuration, norm: float) -> None:
         self._shown[cell.key].norm = norm

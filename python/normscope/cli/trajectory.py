@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from normscope.cli.options import WRITTEN, CheckpointPath, JsonPath
+from normscope.cli.options import CheckpointPath, JsonPath, plot_option
 
 if TYPE_CHECKING:
     from normscope.attention import Attention, Circuit, LayerHeads
@@ -83,15 +83,7 @@ def trajectory(
         ),
     ] = None,
     json: JsonPath = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="OUT",
-            help="Draw the heads and the trajectory of each circuit: png, pdf or svg.",
-            show_default=False,
-            rich_help_panel=WRITTEN,
-        ),
-    ] = None,
+    plot: Annotated[Path | None, plot_option("Draw the heads and the trajectory of each circuit")] = None,
 ) -> None:
     """Show how much each attention head of a checkpoint can amplify, and a circuit's heads against the others.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from normscope.cli.options import WRITTEN, CheckpointPath, JsonPath
+from normscope.cli.options import WRITTEN, CheckpointPath, JsonPath, plot_option
 from normscope.errors import NormscopeError, require
 
 if TYPE_CHECKING:
@@ -111,15 +111,7 @@ def weights(
             metavar="OUT", help="Write the same as a Parquet table.", show_default=False, rich_help_panel=WRITTEN
         ),
     ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="OUT",
-            help="Draw the matrices over the layers: png, pdf or svg.",
-            show_default=False,
-            rich_help_panel=WRITTEN,
-        ),
-    ] = None,
+    plot: Annotated[Path | None, plot_option("Draw the matrices over the layers")] = None,
 ) -> None:
     """Show the norm, the largest singular value and the effective rank of every tensor of a checkpoint.
 
