@@ -18,7 +18,8 @@ from torch import Tensor
 
 import normscope as ns
 from normscope import ops
-from normscope.stats import COLUMNS, RANGE_SHIFT, Energies, Merge, Stats, merge
+from normscope.doctor.comparing import dot
+from normscope.stats import COLUMNS, Energies, Merge, Stats, merge
 
 #: Triton's interpreter is slow: a process that uses it (see tests/gpu) tries fewer examples.
 PATIENCE = 0.1 if os.environ.get("TRITON_INTERPRET") == "1" else 1.0
@@ -64,13 +65,6 @@ def same_bits(actual: dict[str, float], expected: dict[str, float]) -> None:
     assert {key: value.hex() for key, value in actual.items()} == {key: value.hex() for key, value in expected.items()}
 
 
-def dot_of(sums: Tensor) -> Tensor:
-    names = [column.name for column in COLUMNS]
-    half = 2.0 ** (RANGE_SHIFT // 2)
-    large, small = sums[names.index("dot_large")], sums[names.index("dot_small")]
-    return sums[names.index("dot")] + large * half * half + small / half / half
-
-
 @settings(law, max_examples=int(40 * PATIENCE))
 @given(
     count=st.integers(1, 3000),
@@ -100,7 +94,7 @@ def test_parts_merge_to_the_whole(
             assert_close(merged.column(name), whole.column(name)[:1], ulps=0)
         assert_close(merged.column("sum_abs"), whole.column("sum_abs")[:1], ulps=SUM_ULPS)
         magnitude = (gradient.double().abs() * weight.double().abs()).sum()
-        assert_close(dot_of(sums), dot_of(whole.sums[0]), ulps=SUM_ULPS, scale=magnitude)
+        assert_close(dot(merged), dot(whole)[:1], ulps=SUM_ULPS, scale=magnitude)
 
 
 def test_every_column_declares_how_it_merges() -> None:
