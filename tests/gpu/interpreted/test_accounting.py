@@ -107,9 +107,11 @@ def test_tables_are_uploaded_only_when_tensors_are_others(monkeypatch: pytest.Mo
     second = triton_backend.fused_pass(gradients).sums
     assert uploads == [], "the same tensors, whatever they hold"
     assert second[0, 0] == 4 * first[0, 0]
+    kept = [gradients[1]]  # alive, so that no later tensor lies where an earlier one did
     gradients[1] = gradients[1].clone()
     triton_backend.fused_pass(gradients)
     assert uploads == [7], "three addresses for gradients and three for weights, at even places"
+    kept.append(gradients[1])
     gradients[1] = torch.randn(301)
     triton_backend.fused_pass(gradients)
     assert len(uploads) == 3, "another size: the tables of chunks too"
