@@ -20,21 +20,31 @@ class GradientMean:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._sums: dict[str, Tensor] = {}
-        self._steps: dict[str, int] = {}
+        self._steps: dict[str, float | Tensor] = {}
 
     @torch.no_grad()
-    def add(self, leave_out: Collection[int] = ()) -> None:
+    def add(
+        self, leave_out: Collection[int] = (), scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> None:
         """Add the gradients that are on the model now; a step without any adds nothing.
 
         Args:
             leave_out: ids of parameters whose gradients belong to another step.
+            scale: what they are multiplied by, a 0-d tensor; None for nothing.
+            found_inf: a 0-d tensor that is not 0 where the optimizer will skip this step, which then adds nothing.
         """
         for name, parameter in zip(*tensors.parameters(self._model), strict=True):
             gradient = parameter.grad
             if gradient is None or id(parameter) in leave_out:
                 continue
+            counts: float | Tensor = 1
+            if scale is not None:
+                gradient = gradient.to(torch.float64) / scale.to(gradient.device, torch.float64)
+            if found_inf is not None:
+                counts = (found_inf == 0).to(gradient.device, torch.float64)
+                gradient = torch.where(counts > 0, gradient, torch.zeros_like(gradient))
             self._sums[name] = _sum(self._sums.get(name), gradient)
-            self._steps[name] = self._steps.get(name, 0) + 1
+            self._steps[name] = self._steps.get(name, 0) + counts
 
     @torch.no_grad()
     def means(self) -> TensorList:

@@ -4,33 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType, TracebackType
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from normscope import tensors
 from normscope.accumulate import GradientMean
-from normscope.errors import NoGradientError, SinkError
+from normscope.errors import NoGradientError
+from normscope.following import Following, GradScaler, Manner
 from normscope.observer import GradientSource, Intervention, LoopKind, Observer, View
 from normscope.observers import SHIPPED
+from normscope.outlets import AnySink, close_each, write_to_each
 from normscope.pending import Parts, make_record
-from normscope.record import LifecyclePoint, Record
-from normscope.shared_pass import naming_errors, read_shared
+from normscope.record import ClipStage, LifecyclePoint, Record
+from normscope.shared_pass import Readings, naming_errors, read_gradients, show
 from normscope.tensors import TensorList
 from normscope.unchanged import difference, state_of
 
 
-@runtime_checkable
-class Sink(Protocol):
-    """Where records go."""
+class _Early(NamedTuple):
+    """Gradients that were read before POST_STEP of a step, and for whom."""
 
-    def write(self, record: Record) -> None: ...
-
-    def close(self) -> None: ...
-
-
-AnySink = Sink | Callable[[Record], object]
+    step: int
+    readers: list[Observer]
+    readings: Readings
 
 
 class Monitor:
@@ -93,64 +91,119 @@ class Monitor:
             raise ValueError("accumulate='epoch' needs loop='epoch': a loop without epochs has no mean over one")
         wants_mean = any(observer.reads.gradients == "epoch_mean" for observer in observers)
         self._mean = GradientMean(model) if wants_mean else None
-        self._optimizers: list[torch.optim.Optimizer] = []
-        self._hooks: list[Any] = []
-        self._steps = 0
+        self._following = Following(model, self, self._mean)
+        self._early: _Early | None = None
         if optimizer is not None:
             self.attach(optimizer)
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+    def attach(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_stage: ClipStage = "post_clip",
+        scaler: GradScaler | None = None,
+        first_step: int = 0,
+        last_backward: Callable[[], bool] | None = None,
+    ) -> None:
         """Follow the optimizer's steps through its step hooks.
 
-        PRE_STEP and POST_STEP then fire at every step by themselves, counted from 0, and ``accumulate="epoch"`` has
-        gradients to average. With several optimizers the points fire at the steps of the first, and each adds the
-        gradients of all parameters but those of the others.
+        PRE_STEP and POST_STEP then fire at every step by themselves, once an optimizer step however many backward
+        passes it takes, and ``accumulate="epoch"`` has gradients to average. What observers at POST_STEP are shown of
+        the gradients, alignments with the weights included, is read before the step; the weights after it. With
+        several optimizers the points fire at the steps of the first, and each adds the gradients of all parameters but
+        those of the others.
+
+        Args:
+            optimizer: the optimizer.
+            clip_stage: ``"post_clip"`` reads the gradients as the step begins, ``"pre_clip"`` at the end of each
+                backward pass, the last one before the step counting. Either way they are unscaled: of an optimizer
+                to which GradScaler leaves that, by what it sets as ``optimizer.grad_scale``.
+            scaler: the ``torch.amp.GradScaler`` of the loop, where there is one; ``"pre_clip"`` needs it.
+            first_step: the number of the next step, of a run that resumes.
+            last_backward: for ``"pre_clip"``, says at the end of a backward pass whether it is the last one before the
+                step, so that the others cost nothing.
+
+        Raises:
+            ValueError: ``clip_stage`` is something else.
+
+        Example:
+            >>> import torch, normscope as ns
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> monitor = ns.Monitor(model, [ns.Norms()], [lambda r: print(r.step, r.clip_stage, dict(r))], loop="step")
+            >>> monitor.attach(optimizer, clip_stage="pre_clip", first_step=100)
+            >>> model(torch.tensor([[3.0]])).sum().backward()
+            >>> _ = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            >>> optimizer.step()  # doctest: +ELLIPSIS
+            100 pre_clip {'norms/total_norm': 3.0, ...}
         """
-        first = not self._hooks
-        self._optimizers.append(optimizer)
+        _check_clip_stage(clip_stage)
+        self._following.add(optimizer, Manner(clip_stage, scaler, first_step, last_backward))
 
-        def add_gradients() -> None:
-            if self._mean is not None:
-                others = [_parameter_ids(other) for other in self._optimizers if other is not optimizer]
-                self._mean.add(leave_out=set().union(*others) - _parameter_ids(optimizer) if others else ())
+    def read_gradients(
+        self, step: int, *, clip_stage: ClipStage = "post_clip", grad_scale: float | Tensor | None = None
+    ) -> None:
+        """Read now what the observers that are due at POST_STEP of ``step`` will be shown of the gradients.
 
-        def before(_: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            if not _has_closure(args, kwargs):
-                add_gradients()
-            if first:
-                self.pre_step(self._steps)
+        For loops that clip or clear gradients before POST_STEP. A second call for a step replaces the first.
 
-        def after(_: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            if _has_closure(args, kwargs):
-                add_gradients()
-            if first:
-                self._steps += 1
-                self.post_step(self._steps - 1)
+        Args:
+            step: the optimizer step.
+            clip_stage: the stage of the gradients that are on the model.
+            grad_scale: what they are multiplied by, a number or a 0-d tensor; what is read is divided by it.
 
-        self._hooks += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        Raises:
+            NoGradientError: an observer reads gradients and the model has none.
+        """
+        _check_clip_stage(clip_stage)
+        self._early = None
+        point = LifecyclePoint.POST_STEP
+        readers = [each for each in self._due(point, step) if each.reads.gradients == "current"]
+        if not readers:
+            return
+        with torch.no_grad():
+            parameters = tensors.parameters(self.model)
+            views = [self._view(point, step, parameters) for _ in readers]
+            readings = read_gradients(readers, views, parameters, self._gradients, clip_stage, grad_scale)
+        self._early = _Early(step, readers, readings)
 
-    def pre_epoch(self, epoch: int, values: Mapping[str, float | Tensor] | None = None) -> Record | None:
+    def pre_epoch(
+        self, epoch: int, values: Mapping[str, float | Tensor] | None = None, *, clip_stage: ClipStage = "post_clip"
+    ) -> Record | None:
         """Fire what is due at the start of an epoch; see :meth:`fire`."""
-        return self.fire(LifecyclePoint.PRE_EPOCH, epoch, values)
+        return self.fire(LifecyclePoint.PRE_EPOCH, epoch, values, clip_stage=clip_stage)
 
-    def post_epoch(self, epoch: int, values: Mapping[str, float | Tensor] | None = None) -> Record | None:
+    def post_epoch(
+        self, epoch: int, values: Mapping[str, float | Tensor] | None = None, *, clip_stage: ClipStage = "post_clip"
+    ) -> Record | None:
         """Fire what is due at the end of an epoch, while the last gradients are on the model; see :meth:`fire`."""
-        return self.fire(LifecyclePoint.POST_EPOCH, epoch, values)
+        return self.fire(LifecyclePoint.POST_EPOCH, epoch, values, clip_stage=clip_stage)
 
-    def pre_step(self, step: int, values: Mapping[str, float | Tensor] | None = None) -> Record | None:
+    def pre_step(
+        self, step: int, values: Mapping[str, float | Tensor] | None = None, *, clip_stage: ClipStage = "post_clip"
+    ) -> Record | None:
         """Fire what is due between backward and the optimizer's step; see :meth:`fire`."""
-        return self.fire(LifecyclePoint.PRE_STEP, step, values)
+        return self.fire(LifecyclePoint.PRE_STEP, step, values, clip_stage=clip_stage)
 
-    def post_step(self, step: int, values: Mapping[str, float | Tensor] | None = None) -> Record | None:
+    def post_step(
+        self, step: int, values: Mapping[str, float | Tensor] | None = None, *, clip_stage: ClipStage = "post_clip"
+    ) -> Record | None:
         """Fire what is due after the optimizer's step, before its gradients are cleared; see :meth:`fire`."""
-        return self.fire(LifecyclePoint.POST_STEP, step, values)
+        return self.fire(LifecyclePoint.POST_STEP, step, values, clip_stage=clip_stage)
 
-    def snapshot(self, step: int, values: Mapping[str, float | Tensor] | None = None) -> Record | None:
+    def snapshot(
+        self, step: int, values: Mapping[str, float | Tensor] | None = None, *, clip_stage: ClipStage = "post_clip"
+    ) -> Record | None:
         """Fire what is due at a moment of the caller's choice; see :meth:`fire`."""
-        return self.fire(LifecyclePoint.SNAPSHOT, step, values)
+        return self.fire(LifecyclePoint.SNAPSHOT, step, values, clip_stage=clip_stage)
 
     def fire(
-        self, point: LifecyclePoint, step: int, values: Mapping[str, float | Tensor] | None = None
+        self,
+        point: LifecyclePoint,
+        step: int,
+        values: Mapping[str, float | Tensor] | None = None,
+        *,
+        clip_stage: ClipStage = "post_clip",
     ) -> Record | None:
         """Fire the interventions and observers due at ``point`` of ``step`` and write one record.
 
@@ -158,28 +211,32 @@ class Monitor:
             point: the lifecycle point.
             step: the epoch at the epoch points, otherwise the optimizer step.
             values: further values for the record, under these keys.
+            clip_stage: the stage of the gradients that are on the model, which the record carries: ``"pre_clip"``
+                between the backward passes and the clipping of a loop that clips, otherwise ``"post_clip"``.
 
         Returns:
             The record, or None where nothing was due and no values were given.
 
         Raises:
+            ValueError: ``clip_stage`` is something else.
             NoGradientError: an observer reads gradients and the model has none.
             ObserverError: an observer or intervention failed, or an observer changed the model; it is named.
             SinkError: a sink failed; it is named, and the others have the record.
         """
         point = LifecyclePoint(point)
+        _check_clip_stage(clip_stage)
         interventions = [i for i in self.interventions if point in i.points[self.loop] and i.due(step)]
-        observers = [o for o in self.observers if point in o.points[self.loop] and o.due(step)]
+        observers = self._due(point, step)
         try:
             if not interventions and not observers and values is None:
                 return None
             parts = Parts()
             with torch.no_grad():
                 self._intervene(interventions, point, step, parts)
-                self._observe(observers, point, step, parts)
+                self._observe(observers, point, step, parts, clip_stage)
             parts.add("", values or {})
             record = make_record(step, point, parts)
-            self._write(record)
+            write_to_each(self.sinks, record)
             return record
         finally:
             if self._mean is not None and point is LifecyclePoint.POST_EPOCH:
@@ -197,12 +254,19 @@ class Monitor:
             with naming_errors("intervention", intervention.name, point, step):
                 parts.add(f"{intervention.name}/", intervention.apply(view) or {})
 
-    def _observe(self, observers: Sequence[Observer], point: LifecyclePoint, step: int, parts: Parts) -> None:
+    def _due(self, point: LifecyclePoint, step: int) -> list[Observer]:
+        return [each for each in self.observers if point in each.points[self.loop] and each.due(step)]
+
+    def _observe(
+        self, observers: Sequence[Observer], point: LifecyclePoint, step: int, parts: Parts, clip_stage: ClipStage
+    ) -> None:
         if not observers:
             return
         parameters = tensors.parameters(self.model)
         views = [self._view(point, step, parameters) for _ in observers]
-        read_shared(observers, views, parameters, self._gradients, parts)
+        early = self._taken_early(observers, point, step)
+        readings = early or read_gradients(observers, views, parameters, self._gradients, clip_stage)
+        show(observers, views, parameters, readings, parts, weights_are_current=early is None)
         for observer, view in zip(observers, views, strict=True):
             trusted = type(observer) in SHIPPED
             before = None if trusted else state_of(self.model, parameters)
@@ -212,19 +276,25 @@ class Monitor:
                 if changed:
                     raise RuntimeError(f"it changed the {changed}; what changes a model is an Intervention")
 
+    def _taken_early(self, observers: Sequence[Observer], point: LifecyclePoint, step: int) -> Readings | None:
+        """What :meth:`read_gradients` read for these observers at this point, if it did."""
+        early = self._early
+        if early is None or point is not LifecyclePoint.POST_STEP:
+            return None
+        self._early = None
+        readers = [each for each in observers if each.reads.gradients is not None]
+        return early.readings if (early.step, early.readers) == (step, readers) else None
+
     def _gradients(self, source: GradientSource) -> TensorList:
         if source == "current":
             return tensors.gradients(self.model)
         assert self._mean is not None
-        if not self._hooks:
+        if not self._following.active:
             raise NoGradientError("accumulate='epoch' needs the optimizer: Monitor(..., optimizer=optimizer)")
         means = self._mean.means()
         if not means.tensors:
             raise NoGradientError("no gradient since the last epoch: the attached optimizer has made no step with one")
         return means
-
-    def _write(self, record: Record) -> None:
-        self._each_sink("write", lambda sink: _write_to(sink, record), f" at {record.point.value} {record.step}")
 
     def close(self) -> None:
         """Detach from the optimizer and close every sink.
@@ -232,22 +302,8 @@ class Monitor:
         Raises:
             SinkError: a sink failed to close; it is named, and the others are closed.
         """
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._optimizers = [], []
-        self._each_sink("close", lambda sink: getattr(sink, "close", lambda: None)(), "")
-
-    def _each_sink(self, verb: str, act: Callable[[AnySink], object], when: str) -> None:
-        """Let every sink act, then raise the first failure: one sink's trouble costs the others nothing."""
-        failures: list[tuple[AnySink, Exception]] = []
-        for sink in self.sinks:
-            try:
-                act(sink)
-            except Exception as error:  # noqa: PERF203
-                failures.append((sink, error))
-        if failures:
-            sink, failure = failures[0]
-            raise SinkError(f"sink {_sink_name(sink)} failed to {verb}{when}: {failure}") from failure
+        self._following.end()
+        close_each(self.sinks)
 
     def __enter__(self) -> Monitor:
         return self
@@ -258,21 +314,6 @@ class Monitor:
         self.close()
 
 
-def _parameter_ids(optimizer: torch.optim.Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-
-
-def _has_closure(args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
-    """Whether the step computes its gradients itself, so that they are on the model only after it."""
-    return any(callable(argument) for argument in (*args[1:], *kwargs.values()))
-
-
-def _write_to(sink: AnySink, record: Record) -> None:
-    if isinstance(sink, Sink):
-        sink.write(record)
-    else:
-        sink(record)
-
-
-def _sink_name(sink: AnySink) -> str:
-    return getattr(sink, "__qualname__", None) or repr(sink)
+def _check_clip_stage(stage: str) -> None:
+    if stage not in ("pre_clip", "post_clip"):
+        raise ValueError(f"clip_stage must be 'pre_clip' or 'post_clip', got {stage!r}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normscope.metrics.values import Values
-from normscope.record import LifecyclePoint, Record, Resolved
+from normscope.record import ClipStage, LifecyclePoint, Record, Resolved
 
 
 class Parts:
@@ -16,12 +16,14 @@ class Parts:
 
     Attributes:
         nonfinite: parameter -> count of non-finite gradient components, where gradients were read.
+        clip_stage: the stage of those gradients.
     """
 
     def __init__(self) -> None:
         self.keys: list[str] = []
         self.values: list[float | Tensor] = []  # a number a key, or one float64 vector for several keys
         self.nonfinite: Values | None = None
+        self.clip_stage: ClipStage | None = None
 
     def add(self, prefix: str, found: Values | Mapping[str, float | Tensor]) -> None:
         """Append values whose keys start with ``prefix``.
@@ -99,4 +101,4 @@ def make_record(step: int, point: LifecyclePoint, parts: Parts) -> Record:
             counted = {name: int(n) for name, n in zip(parts.nonfinite.keys, counts, strict=True) if n}
         return Resolved(dict(zip(parts.keys, numbers, strict=False)), counted)
 
-    return Record.deferred(step, point, resolve)
+    return Record.deferred(step, point, resolve, parts.clip_stage)

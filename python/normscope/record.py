@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
+
+#: Which gradients a value is about: as the backward passes left them, unscaled but not yet clipped, or as the optimizer
+#: uses them, after any clipping.
+ClipStage: TypeAlias = Literal["pre_clip", "post_clip"]
 
 
 class LifecyclePoint(str, Enum):
@@ -37,6 +41,8 @@ class Record(Mapping[str, float]):
         values: key -> value; NaN where a metric is undefined.
         nonfinite_parameters: parameter -> number of NaN or inf components of its gradient, in the model's order and
             only for parameters that hold any.
+        clip_stage: ``"pre_clip"`` or ``"post_clip"``, the stage of the gradients that the values are about; None where
+            no gradient was read.
 
     Example:
         >>> record = Record(3, LifecyclePoint.POST_EPOCH, {"norms/total_norm": 2.0})
@@ -44,7 +50,7 @@ class Record(Mapping[str, float]):
         (2.0, 3, None)
     """
 
-    __slots__ = ("_resolve", "_resolved", "point", "step")
+    __slots__ = ("_resolve", "_resolved", "clip_stage", "point", "step")
 
     def __init__(
         self,
@@ -52,16 +58,22 @@ class Record(Mapping[str, float]):
         point: LifecyclePoint,
         values: Mapping[str, float],
         nonfinite_parameters: Mapping[str, int] | None = None,
+        clip_stage: ClipStage | None = None,
     ) -> None:
+        if clip_stage not in (None, "pre_clip", "post_clip"):
+            raise ValueError(f"clip_stage must be 'pre_clip', 'post_clip' or None, got {clip_stage!r}")
         self.step = step
         self.point = LifecyclePoint(point)
+        self.clip_stage = clip_stage
         self._resolved: Resolved | None = Resolved(dict(values), dict(nonfinite_parameters or {}))
         self._resolve: Callable[[], Resolved] | None = None
 
     @classmethod
-    def deferred(cls, step: int, point: LifecyclePoint, resolve: Callable[[], Resolved]) -> Record:
+    def deferred(
+        cls, step: int, point: LifecyclePoint, resolve: Callable[[], Resolved], clip_stage: ClipStage | None = None
+    ) -> Record:
         """A record whose values are fetched by ``resolve()`` the first time one is read."""
-        record = cls(step, point, {})
+        record = cls(step, point, {}, clip_stage=clip_stage)
         record._resolved, record._resolve = None, resolve
         return record
 
@@ -90,8 +102,9 @@ class Record(Mapping[str, float]):
     def __len__(self) -> int:
         return len(self._host().values)
 
-    def __reduce__(self) -> tuple[type[Record], tuple[int, LifecyclePoint, dict[str, float], dict[str, int]]]:
-        return Record, (self.step, self.point, *self._host())  # copies and pickles hold values, not a way to get them
+    def __reduce__(self) -> tuple[type[Record], tuple[object, ...]]:
+        # Copies and pickles hold values, not a way to get them.
+        return Record, (self.step, self.point, *self._host(), self.clip_stage)
 
     def __repr__(self) -> str:
         return f"Record(step={self.step}, point={self.point.value!r}, {len(self)} values)"

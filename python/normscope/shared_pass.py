@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from normscope.metrics.values import Number, Values, joined, larger, vector
 from normscope.observer import GradientSource, GradientView, Observer, View
 from normscope.pending import Parts
 from normscope.reading import WeightView, complete, named_pass, weights_beside
-from normscope.record import LifecyclePoint
+from normscope.record import ClipStage, LifecyclePoint
 from normscope.tensors import TensorList
 
 
@@ -31,22 +32,47 @@ def naming_errors(kind: str, name: str, point: LifecyclePoint, step: int) -> Ite
         raise ObserverError(f"{kind} {name!r} failed at {point.value} {step}: {error!r}") from error
 
 
-def read_shared(
+class GradientReading(NamedTuple):
+    """What one pass over gradients told.
+
+    Attributes:
+        gradients: their names and raw sums.
+        weights: the weights that were read beside them, if any.
+        clip_stage: the stage of the gradients.
+    """
+
+    gradients: GradientView
+    weights: WeightView | None
+    clip_stage: ClipStage
+
+
+#: What was read of each source of gradients that an observer reads.
+Readings = dict[GradientSource, GradientReading]
+
+
+def read_gradients(
     observers: Sequence[Observer],
     views: Sequence[View],
     parameters: TensorList,
     gradients_of: Callable[[GradientSource], TensorList],
-    parts: Parts,
-) -> None:
-    """Give each observer's view what the observer reads.
+    clip_stage: ClipStage,
+    scale: float | Tensor | None = None,
+) -> Readings:
+    """Read the gradients that these observers read, each source once for all of them.
 
-    Gradients of one source are read once for all observers of that source, with the weights beside them where one of
-    those observers reads weights too, or where any does and they have not been read. Per-parameter counts of non-finite
-    components go to ``parts``.
+    Weights are read beside them where one of those observers reads weights too, or where any does and they have not
+    been read.
+
+    Args:
+        observers, views: who looks, and what each will be shown.
+        parameters: the model's.
+        gradients_of: finds the gradients of a source.
+        clip_stage: their stage.
+        scale: what the current gradients are multiplied by, None for nothing.
     """
     wanted = _wanted_weights(observers, views)
     by_name = dict(zip(*parameters, strict=True)) if wanted else {}
-    weights: list[WeightView] = []
+    readings: Readings = {}
     for source in ("current", "epoch_mean"):
         readers = [pair for pair in zip(observers, views, strict=True) if pair[0].reads.gradients == source]
         if not readers:
@@ -54,22 +80,52 @@ def read_shared(
         first, first_view = readers[0]
         with naming_errors("observer", first.name, first_view.point, first_view.step):
             gradients = gradients_of(source)
-        tables = _tables(readers, gradients)
+        tables = _tables(readers, gradients.names)
+        weights_read = any(reading.weights is not None for reading in readings.values())
         beside: list[Tensor | None] | None = None
-        if wanted and (not weights or any(observer.reads.weights for observer, _ in readers)):
+        if wanted and (not weights_read or any(observer.reads.weights for observer, _ in readers)):
             beside = [by_name[name] if name in wanted else None for name in gradients.names]
         stats = named_pass(gradients, beside, tables)
-        if beside is not None:
-            weights.append(weights_beside(gradients.names, stats))
-        nonfinite = Values(gradients.names, vector(stats.column("nonfinite")[:-1]))
+        if scale is not None and source == "current":
+            stats = stats.divided(scale)
+        weights = None if beside is None else weights_beside(gradients.names, stats)
+        readings[source] = GradientReading(GradientView(gradients.names, stats), weights, clip_stage)
+    return readings
+
+
+def show(
+    observers: Sequence[Observer],
+    views: Sequence[View],
+    parameters: TensorList,
+    readings: Readings,
+    parts: Parts,
+    *,
+    weights_are_current: bool = True,
+) -> None:
+    """Give each observer's view what the observer reads: gradients that were read, weights as far as they were not.
+
+    Per-parameter counts of non-finite components and the clip stage go to ``parts``.
+
+    Args:
+        weights_are_current: whether the weights are still those that were read beside the gradients.
+    """
+    for source, reading in readings.items():
+        names, stats = reading.gradients
+        nonfinite = Values(names, vector(stats.column("nonfinite")[:-1]))
         parts.nonfinite = nonfinite if parts.nonfinite is None else _most(parts.nonfinite, nonfinite, parameters.names)
-        for _, view in readers:
-            view.gradients = GradientView(gradients.names, stats)
+        parts.clip_stage = reading.clip_stage
+        for observer, view in zip(observers, views, strict=True):
+            if observer.reads.gradients == source:
+                view.gradient_names = names
+                view.gradients = reading.gradients
     if any(observer.reads.weights for observer in observers):
-        read = complete(weights, [name for name in parameters.names if name in wanted], by_name)
+        wanted = _wanted_weights(observers, views)
+        read = [reading.weights for reading in readings.values() if reading.weights and weights_are_current]
+        by_name = dict(zip(*parameters, strict=True))
+        weights = complete(read, [name for name in parameters.names if name in wanted], by_name)
         for observer, view in zip(observers, views, strict=True):
             if observer.reads.weights:
-                view.weights = read
+                view.weights = weights
 
 
 def _wanted_weights(observers: Sequence[Observer], views: Sequence[View]) -> Set[str]:
@@ -81,12 +137,12 @@ def _wanted_weights(observers: Sequence[Observer], views: Sequence[View]) -> Set
     return wanted
 
 
-def _tables(readers: Sequence[tuple[Observer, View]], gradients: TensorList) -> list[int]:
+def _tables(readers: Sequence[tuple[Observer, View]], names: Sequence[str]) -> list[int]:
     tables: set[int] = set()
     for observer, view in readers:
-        view.gradient_names = gradients.names
+        view.gradient_names = names
         with naming_errors("observer", observer.name, view.point, view.step):
-            tables.update(gradients.names.index(n) for n in observer.tables(view) if n in gradients.names)
+            tables.update(names.index(name) for name in observer.tables(view) if name in names)
     return sorted(tables)
 
 

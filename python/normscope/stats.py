@@ -21,27 +21,28 @@ class Merge(Enum):
 
 
 class Column(NamedTuple):
-    """One raw quantity of a tensor; all are float64."""
+    """One raw quantity of a tensor; all are float64. ``degree`` is the power of g in it."""
 
     name: str
     merge: Merge
+    degree: int
     meaning: str
 
 
 COLUMNS = (
-    Column("sum_squares", Merge.SUM, "sum of g_i^2"),
-    Column("sum_squares_large", Merge.SUM, "the part of it above float64's range, times 2^-RANGE_SHIFT"),
-    Column("sum_squares_small", Merge.SUM, "the part of it below float64's range, times 2^RANGE_SHIFT"),
-    Column("sum_abs", Merge.SUM, "sum of abs(g_i)"),
-    Column("max_abs", Merge.MAX, "max of abs(g_i); 0 without elements"),
-    Column("nonfinite", Merge.SUM, "number of g_i that are NaN or infinite"),
-    Column("dot", Merge.SUM, "sum of g_i W_i; 0 without a weight"),
-    Column("dot_large", Merge.SUM, "as sum_squares_large, for dot"),
-    Column("dot_small", Merge.SUM, "as sum_squares_small, for dot"),
-    Column("weight_squares", Merge.SUM, "sum of W_i^2; 0 without a weight"),
-    Column("weight_squares_large", Merge.SUM, "as sum_squares_large, for the weight"),
-    Column("weight_squares_small", Merge.SUM, "as sum_squares_small, for the weight"),
-    Column("count", Merge.SUM, "number of elements; for a sparse tensor, of its dense form"),
+    Column("sum_squares", Merge.SUM, 2, "sum of g_i^2"),
+    Column("sum_squares_large", Merge.SUM, 2, "the part of it above float64's range, times 2^-RANGE_SHIFT"),
+    Column("sum_squares_small", Merge.SUM, 2, "the part of it below float64's range, times 2^RANGE_SHIFT"),
+    Column("sum_abs", Merge.SUM, 1, "sum of abs(g_i)"),
+    Column("max_abs", Merge.MAX, 1, "max of abs(g_i); 0 without elements"),
+    Column("nonfinite", Merge.SUM, 0, "number of g_i that are NaN or infinite"),
+    Column("dot", Merge.SUM, 1, "sum of g_i W_i; 0 without a weight"),
+    Column("dot_large", Merge.SUM, 1, "as sum_squares_large, for dot"),
+    Column("dot_small", Merge.SUM, 1, "as sum_squares_small, for dot"),
+    Column("weight_squares", Merge.SUM, 0, "sum of W_i^2; 0 without a weight"),
+    Column("weight_squares_large", Merge.SUM, 0, "as sum_squares_large, for the weight"),
+    Column("weight_squares_small", Merge.SUM, 0, "as sum_squares_small, for the weight"),
+    Column("count", Merge.SUM, 0, "number of elements; for a sparse tensor, of its dense form"),
 )
 COLUMN_INDEX = {column.name: index for index, column in enumerate(COLUMNS)}
 
@@ -100,6 +101,20 @@ class Stats:
             factor = 2.0 ** (scale // 4) / divisor
             cosines += self.column(column) / gradient / weight * factor * factor * factor * factor
         return cosines.clamp(-1.0, 1.0)
+
+    def divided(self, scale: float | Tensor) -> Stats:
+        """The sums of the gradients divided by ``scale``, a number or a 0-d tensor, which nothing waits for.
+
+        That is exact for a power of two, as loss scales are.
+        """
+        device = self.sums.device
+        inverse = 1.0 / sent(torch.as_tensor(scale, dtype=torch.float64), device)
+        degrees = sent(torch.tensor([column.degree for column in COLUMNS], dtype=torch.float64, device="cpu"), device)
+        energies = {
+            index: Energies(found.values * sent(inverse, found.values.device) ** 2, found.exponent)
+            for index, found in self.energies.items()
+        }
+        return Stats(self.sums * inverse**degrees, self.in_range, energies)
 
     def _scaled_roots(self, squares: str) -> tuple[Tensor, Tensor]:
         """Square roots as products of a number in range and a power of two: 1, or 2^(+-RANGE_SHIFT / 2)."""

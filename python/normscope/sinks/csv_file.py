@@ -15,11 +15,13 @@ from normscope.sinks.append import LineAppender, mend_last_line, replace_content
 from normscope.sinks.base import Sink
 
 _FIXED = ("step", "point")
+_CLIP_STAGE = "clip_stage"
 
 
 class CSV(Sink):
     """Append each record to a file as one row: ``step``, ``point``, then one column a metric.
 
+    Where a record is about gradients, their ``clip_stage`` has a column too, the third of a file that begins with it.
     Undefined metrics are ``nan``, infinities ``inf`` and ``-inf``; a metric that a record does not have is an empty
     cell. A metric that appears later becomes a new last column: the file is then replaced by its wider version in one
     step. Every row is one ``write()``; a torn last row, as a killed process leaves it, is removed at the next opening.
@@ -46,7 +48,7 @@ class CSV(Sink):
         20,post_step,0.2,nan
     """
 
-    _reserved = frozenset(_FIXED)
+    _reserved = frozenset((*_FIXED, _CLIP_STAGE))
 
     def __init__(self, path: str | os.PathLike[str], *, keep_until: int | None = None) -> None:
         super().__init__(os.fspath(path))
@@ -64,13 +66,14 @@ class CSV(Sink):
 
     def _write(self, record: Record) -> None:
         known = set(self._columns)
-        added = [key for key in record if key not in known]
+        fields = [_CLIP_STAGE] if record.clip_stage is not None else []
+        added = [key for key in [*fields, *record] if key not in known]
         if not self._columns:
             self._columns = [*_FIXED, *added]
             self._lines.append(_to_line(self._columns))
         elif added:
             self._widen(added)
-        cells = (repr(float(record[key])) if key in record else "" for key in self._columns[len(_FIXED) :])
+        cells = (_cell(record, column) for column in self._columns[len(_FIXED) :])
         self._lines.append(_to_line([str(record.step), record.point.value, *cells]))
 
     def _widen(self, added: list[str]) -> None:
@@ -83,6 +86,12 @@ class CSV(Sink):
 
     def _close(self) -> None:
         self._lines.close()
+
+
+def _cell(record: Record, column: str) -> str:
+    if column == _CLIP_STAGE:
+        return record.clip_stage or ""
+    return repr(float(record[column])) if column in record else ""
 
 
 def _to_line(row: list[str]) -> bytes:

@@ -21,9 +21,9 @@ class JSONL(Sink):
     """Append each record to a file as one line of JSON.
 
     A line is flat: ``{"step": 10, "point": "post_step", "norms/total_norm": 2.0}``. A metric that is undefined (NaN)
-    is ``null``, infinities are the strings ``"Infinity"`` and ``"-Infinity"``; ``"nonfinite_parameters"`` is there
-    only if a gradient held a NaN or inf. Every line is one ``write()``: a killed process leaves whole lines and at
-    most one torn last line, which the next opening removes.
+    is ``null``, infinities are the strings ``"Infinity"`` and ``"-Infinity"``; ``"clip_stage"`` is there only if
+    gradients were read, ``"nonfinite_parameters"`` only if one held a NaN or inf. Every line is one ``write()``: a
+    killed process leaves whole lines and at most one torn last line, which the next opening removes.
 
     Args:
         path: the file; it is continued if it exists, and missing folders are made.
@@ -45,7 +45,7 @@ class JSONL(Sink):
         0.1
     """
 
-    _reserved = frozenset({"step", "point", "nonfinite_parameters"})
+    _reserved = frozenset({"step", "point", "clip_stage", "nonfinite_parameters"})
 
     def __init__(self, path: str | os.PathLike[str], *, keep_until: int | None = None) -> None:
         super().__init__(os.fspath(path))
@@ -87,6 +87,8 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 
 def _to_line(record: Record) -> bytes:
     line: dict[str, object] = {"step": record.step, "point": record.point.value}
+    if record.clip_stage is not None:
+        line["clip_stage"] = record.clip_stage
     line.update((key, json_number(value)) for key, value in record.items())
     if record.nonfinite_parameters:
         line["nonfinite_parameters"] = record.nonfinite_parameters
@@ -112,13 +114,13 @@ def _from_line(line: bytes) -> Record:
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
     step, point = content.pop("step", None), content.pop("point", None)
-    nonfinite = content.pop("nonfinite_parameters", {})
+    nonfinite, clip_stage = content.pop("nonfinite_parameters", {}), content.pop("clip_stage", None)
     if not isinstance(step, int):
         raise ValueError("no integer step")
     if not isinstance(nonfinite, dict) or not all(isinstance(count, int) for count in nonfinite.values()):
         raise ValueError("nonfinite_parameters does not map names to counts")
     values = {key: _from_json(key, value) for key, value in content.items()}
-    return Record(step, LifecyclePoint(point), values, nonfinite)
+    return Record(step, LifecyclePoint(point), values, nonfinite, clip_stage)
 
 
 def _from_json(key: str, value: object) -> float:

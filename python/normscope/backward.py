@@ -1,0 +1,68 @@
+"""The end of each backward pass, without a word in the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.utils._pytree import tree_leaves
+
+
+class BackwardEnd:
+    """Calls a function at the end of each backward pass that reaches the model, when its gradients are on it.
+
+    The autograd engine runs the call after everything that the pass itself does, the all-reduce of
+    DistributedDataParallel and the reduce-scatter of ``fully_shard`` included. Where activation checkpointing nests
+    backward passes, each of them ends with a call, the outermost last.
+
+    Args:
+        model: the model.
+        act: the function.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1)
+        >>> ends = BackwardEnd(model, lambda: print("bias gradient", model.bias.grad.item()))
+        >>> model(torch.ones(2, 1)).sum().backward()
+        bias gradient 2.0
+        >>> ends.remove()
+    """
+
+    def __init__(self, model: nn.Module, act: Callable[[], object]) -> None:
+        self._act = act
+        self._awaited: set[int] = set()  # backward passes under way whose end was asked for
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._hooks: list[Any] = [
+            parameter.register_post_accumulate_grad_hook(lambda _: self._await())  # type: ignore[no-untyped-call]
+            for parameter in parameters
+        ]
+        # fully_shard sets the gradients of sharded parameters itself, past their hooks.
+        self._hooks.append(model.register_forward_hook(lambda _model, _inputs, outputs: self._watch(outputs)))
+
+    def _watch(self, outputs: object) -> None:
+        for output in tree_leaves(outputs):
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(lambda _: self._await())  # type: ignore[no-untyped-call]
+
+    def _await(self) -> None:
+        task = torch._C._current_graph_task_id()
+        if task not in self._awaited:
+            self._awaited.add(task)
+            _at_end(lambda: _at_end(lambda: self._end(task)))  # behind what others ask for during the pass
+
+    def _end(self, task: int) -> None:
+        self._awaited.discard(task)
+        self._act()
+
+    def remove(self) -> None:
+        """Stop calling."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def _at_end(call: Callable[[], None]) -> None:
+    Variable._execution_engine.queue_callback(call)

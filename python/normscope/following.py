@@ -1,0 +1,139 @@
+"""Following optimizers through their step hooks, so that a training loop needs no call of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from normscope.accumulate import GradientMean
+from normscope.backward import BackwardEnd
+from normscope.record import ClipStage
+
+
+class GradScaler(Protocol):
+    """What is needed of ``torch.amp.GradScaler`` and those derived from it."""
+
+    def scale(self, outputs: Tensor) -> Any: ...
+
+
+class Steps(Protocol):
+    """What happens at an optimizer's steps."""
+
+    def read_gradients(
+        self, step: int, *, clip_stage: ClipStage = ..., grad_scale: float | Tensor | None = ...
+    ) -> None: ...
+
+    def pre_step(self, step: int) -> object: ...
+
+    def post_step(self, step: int) -> object: ...
+
+
+class Manner(NamedTuple):
+    """How an optimizer is followed; see :meth:`normscope.Monitor.attach`."""
+
+    clip_stage: ClipStage
+    scaler: GradScaler | None
+    first_step: int
+    last_backward: Callable[[], bool] | None
+
+
+class Following:
+    """The optimizers that are followed.
+
+    Args:
+        model: the model they train.
+        steps: called at the steps of the first.
+        mean: takes the gradients of each step of each, if given.
+    """
+
+    def __init__(self, model: nn.Module, steps: Steps, mean: GradientMean | None) -> None:
+        self._model = model
+        self._steps = steps
+        self._mean = mean
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._hooks: list[Any] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether any optimizer is followed."""
+        return bool(self._optimizers)
+
+    def add(self, optimizer: torch.optim.Optimizer, manner: Manner) -> None:
+        """Follow one more."""
+        first = _First(self._model, self._steps, manner) if not self.active else None
+        self._optimizers.append(optimizer)
+
+        def before(_: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            if not _has_closure(args, kwargs):
+                self._add_to_mean(optimizer)
+            if first is not None:
+                first.before(None if _has_closure(args, kwargs) else optimizer)
+
+        def after(_: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            if _has_closure(args, kwargs):
+                self._add_to_mean(optimizer)
+            if first is not None:
+                first.after()
+
+        self._hooks += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        if first is not None and first.backward is not None:
+            self._hooks.append(first.backward)
+
+    def _add_to_mean(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._mean is None:
+            return
+        others = [_parameter_ids(other) for other in self._optimizers if other is not optimizer]
+        leave_out = set().union(*others) - _parameter_ids(optimizer) if others else set()
+        self._mean.add(leave_out, getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
+
+    def end(self) -> None:
+        """Follow none."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._optimizers = [], []
+
+
+class _First:
+    """Lets the points fire at the steps of one optimizer."""
+
+    def __init__(self, model: nn.Module, steps: Steps, manner: Manner) -> None:
+        self._model = model
+        self._steps = steps
+        self._manner = manner
+        self._step = manner.first_step
+        self._was_read = False
+        self.backward = BackwardEnd(model, self._backward_ended) if manner.clip_stage == "pre_clip" else None
+
+    def _backward_ended(self) -> None:
+        if self._manner.last_backward is None or self._manner.last_backward():
+            self._steps.read_gradients(self._step, clip_stage="pre_clip", grad_scale=self._scale())
+            self._was_read = True
+
+    def _scale(self) -> Tensor | None:
+        scaler, device = self._manner.scaler, next(self._model.parameters()).device
+        return None if scaler is None else scaler.scale(torch.ones((), device=device))  # the public way without a wait
+
+    def before(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Before a step with gradients on the model, or, with None, before one that computes them itself."""
+        if optimizer is not None and not self._was_read:
+            # GradScaler leaves the unscaling to optimizers that can do it, and gives them the factor.
+            self._steps.read_gradients(
+                self._step, clip_stage="post_clip", grad_scale=getattr(optimizer, "grad_scale", None)
+            )
+        self._steps.pre_step(self._step)
+
+    def after(self) -> None:
+        step, self._step, self._was_read = self._step, self._step + 1, False
+        self._steps.post_step(step)
+
+
+def _parameter_ids(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _has_closure(args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
+    """Whether the step computes its gradients itself, so that they are on the model only after it."""
+    return any(callable(argument) for argument in (*args[1:], *kwargs.values()))
