@@ -1,0 +1,1 @@
+"""A stand-in for OrderedLearning's package: the interface its hooks are written against, and hooks of its own."""
