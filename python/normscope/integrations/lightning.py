@@ -1,0 +1,241 @@
+"""A callback for Lightning: gradients before they are clipped, through the Trainer's loggers and to sinks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from normscope.errors import require
+from normscope.integrations._host import Every, Sinks, checked, made, observers_for
+from normscope.monitor import Monitor
+from normscope.observer import Observer
+
+# Lightning's classes exist twice, in two packages; those of whichever package the user imports are meant.
+_Trainer: TypeAlias = Any
+_Module: TypeAlias = Any
+
+_ROOTS = ("lightning.pytorch", "pytorch_lightning")
+
+
+class NormscopeMonitor:
+    """Observes an optimizer's steps and logs one record a step through the Trainer's loggers.
+
+    Gradients are read between the last backward pass of a step and the clipping, after GradScaler's unscaling and the
+    averaging over processes; records say ``pre_clip``. Under manual optimization the module's own clipping comes first,
+    and records say ``post_clip``. Weights are seen after the step. A record has the number of its step as the Trainer
+    counts it (``trainer.global_step``, from 0), so that a resumed run goes on where it was.
+
+    The instance is a ``Callback`` of ``lightning.pytorch`` or of ``pytorch_lightning``, whichever is imported when it
+    is made, and of both where both are. Needs the extra ``lightning``.
+
+    Args:
+        observers: what to compute; by default :class:`normscope.Norms`. Those without a schedule of their own look
+            when the Trainer logs (``Trainer(log_every_n_steps=...)``): at the other steps nothing is computed.
+        sinks: where records go besides the Trainer's loggers, from the process of rank 0 only. They are closed when
+            ``fit`` ends; a function that returns sinks is called whenever it begins.
+        every_n_steps: look every so many steps, or at the steps for which a function says so, instead.
+        context: what observers may read of the run, such as ``{"stride": 99}``.
+        optimizer: which optimizer to follow, of several under manual optimization: of its steps, counted by
+            themselves, and of the gradients of its parameters alone.
+        prefix: what the keys begin with in the loggers.
+        root: ``"lightning.pytorch"`` or ``"pytorch_lightning"``, to have it one package's callback only.
+
+    Raises:
+        MissingExtraError: neither package is installed.
+        ValueError: an option is out of range.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> from normscope.integrations.lightning import NormscopeMonitor
+        >>> watching = NormscopeMonitor(every_n_steps=10)
+        >>> isinstance(watching, pl.Callback), isinstance(watching, NormscopeMonitor)
+        (True, True)
+    """
+
+    _made_of: ClassVar[Any]
+
+    def __new__(cls, *_: object, root: str | None = None, **__: object) -> NormscopeMonitor:
+        """An instance that is also the Callback of the packages in use."""
+        instance: NormscopeMonitor = object.__new__(_with_callbacks((cls, _roots(root))))
+        return instance
+
+    def __init__(
+        self,
+        observers: Sequence[Observer] | None = None,
+        sinks: Sinks = (),
+        *,
+        every_n_steps: Every = None,
+        context: Mapping[str, object] | None = None,
+        optimizer: int = 0,
+        prefix: str = "",
+        root: str | None = None,
+    ) -> None:
+        self.observers = observers
+        self.sinks = sinks
+        self.every_n_steps = checked(every_n_steps)
+        self.context = context
+        self.optimizer = optimizer
+        self.prefix = prefix
+        self._monitor: Monitor | None = None
+        self._step: int | None = None  # begun, and its record not yet written
+        self._steps = 0  # that the optimizer has begun
+
+    def setup(self, trainer: _Trainer, pl_module: _Module, stage: str) -> None:
+        """Refuse a Trainer that leaves the values nowhere to go.
+
+        Raises:
+            MisconfigurationException: it has no logger, and the callback no sink.
+        """
+        if stage == "fit" and not trainer.loggers and not self.sinks:
+            raise _misconfiguration(trainer)("NormscopeMonitor needs a Trainer with a logger, or sinks=[...]")
+
+    def on_fit_start(self, trainer: _Trainer, pl_module: _Module) -> None:
+        """Begin to watch."""
+        every = self.every_n_steps
+        if every is None:
+            every = trainer.log_every_n_steps
+
+        def due(step: int) -> bool:
+            # As Lightning has it: every tenth step are those that complete ten, numbers 9, 19, ...
+            return bool(every(step)) if callable(every) else every > 0 and (step + 1) % every == 0
+
+        self._step = None
+        self._monitor = Monitor(
+            pl_module, observers_for(due, self.observers), made(self.sinks), context=self.context, loop="step"
+        )
+
+    def on_train_start(self, trainer: _Trainer, pl_module: _Module) -> None:
+        """Count from where the Trainer is."""
+        if not 0 <= self.optimizer < max(len(trainer.optimizers), 1):
+            raise _misconfiguration(trainer)(f"optimizer={self.optimizer}, and there are {len(trainer.optimizers)}")
+        if trainer.global_step == 0:
+            self._steps = 0
+
+    def on_before_optimizer_step(self, trainer: _Trainer, pl_module: _Module, optimizer: torch.optim.Optimizer) -> None:
+        """Read the gradients."""
+        several = len(trainer.optimizers) > 1
+        # With a closure, as LBFGS calls it many times a step, the last call counts.
+        step = self._steps if several else trainer.global_step
+        if self._step is not None and (several or step != self._step):
+            self._write(trainer)
+        if several and optimizer is not trainer.optimizers[self.optimizer]:
+            return
+        self._steps = step + 1
+        parameters = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
+        if self._monitor is None or all(parameter.grad is None for parameter in parameters.values()):
+            return  # training_step returned no loss
+        self._step = step
+        with _gradients_of_none_but(parameters, pl_module if several else None):
+            self._monitor.read_gradients(
+                step,
+                clip_stage="pre_clip" if pl_module.automatic_optimization else "post_clip",
+                grad_scale=_scale(trainer, optimizer),
+            )
+
+    def on_train_batch_end(self, trainer: _Trainer, pl_module: _Module, *_: object) -> None:
+        """Write the record of the batch's step, if it made one."""
+        self._write(trainer)
+
+    def _write(self, trainer: _Trainer) -> None:
+        if self._step is None or self._monitor is None:
+            return
+        step, self._step = self._step, None
+        record = self._monitor.post_step(step)
+        if record is not None and trainer.is_global_zero and trainer.loggers:
+            values = {self.prefix + key: value for key, value in record.items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step)
+
+    def teardown(self, trainer: _Trainer, pl_module: _Module, stage: str) -> None:
+        """Close the sinks."""
+        if self._monitor is not None:
+            self._monitor.close()
+            self._monitor = None
+
+    def on_exception(self, trainer: _Trainer, pl_module: _Module, exception: BaseException) -> None:
+        """Close the sinks."""
+        self.teardown(trainer, pl_module, "fit")
+
+    @property
+    def state_key(self) -> str:
+        """Where the state is in a checkpoint: one place for each optimizer that is followed."""
+        return f"NormscopeMonitor{{'optimizer': {self.optimizer}, 'prefix': {self.prefix!r}}}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps of the optimizer."""
+        return {"steps": self._steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._steps = state_dict["steps"]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self._made_of, {**vars(self), "_monitor": None})
+
+
+_Made: TypeAlias = tuple[type[NormscopeMonitor], tuple[str, ...]]  # from what class, the callback of which packages
+_made: dict[_Made, type[NormscopeMonitor]] = {}
+
+
+def _with_callbacks(of: _Made) -> type[NormscopeMonitor]:
+    if of not in _made:
+        cls, roots = of
+        callbacks = [require(root, "lightning").Callback for root in roots]
+        own = {"__doc__": cls.__doc__, "__module__": cls.__module__, "_made_of": of}
+        _made[of] = type(cls.__name__, (cls, *callbacks), own)
+    return _made[of]
+
+
+def _restored(of: _Made, state: dict[str, Any]) -> NormscopeMonitor:
+    instance: NormscopeMonitor = object.__new__(_with_callbacks(of))
+    vars(instance).update(state)
+    return instance
+
+
+def _roots(chosen: str | None) -> tuple[str, ...]:
+    """The packages whose callback to be."""
+    if chosen is not None:
+        if chosen not in _ROOTS:
+            raise ValueError(f"root must be one of {', '.join(map(repr, _ROOTS))}, got {chosen!r}")
+        return (chosen,)
+    loaded = tuple(root for root in _ROOTS if root in sys.modules)
+    if loaded:
+        return loaded
+    installed = [root for root in _ROOTS if find_spec(root.partition(".")[0])]
+    return tuple(installed[:1]) or _ROOTS[:1]
+
+
+def _misconfiguration(trainer: _Trainer) -> type[Exception]:
+    """The exception of that name of the package whose Trainer it is."""
+    of = [root for root in _ROOTS if root in sys.modules and isinstance(trainer, sys.modules[root].Trainer)]
+    found: type[Exception] = require(f"{of[0]}.utilities.exceptions", "lightning").MisconfigurationException
+    return found
+
+
+def _scale(trainer: _Trainer, optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """What gradients are still multiplied by: optimizers that unscale them inside their step leave it there."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return None
+    scale: Tensor = scaler.scale(torch.ones((), device=optimizer.param_groups[0]["params"][0].device))
+    return scale
+
+
+@contextmanager
+def _gradients_of_none_but(kept: Mapping[int, Tensor], model: nn.Module | None) -> Iterator[None]:
+    """Take the gradients of all but some parameters off the model meanwhile."""
+    others = [] if model is None else [each for each in model.parameters() if id(each) not in kept]
+    held = [each.grad for each in others]
+    try:
+        for each in others:
+            each.grad = None
+        yield
+    finally:
+        for each, gradient in zip(others, held, strict=True):
+            each.grad = gradient
