@@ -1,0 +1,152 @@
+"""The Parquet sink: a folder of part files, each one long table, and a journal of what is in none of them yet."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from normscope.errors import RecordFileError, require
+from normscope.record import Record
+from normscope.sinks.base import Sink
+from normscope.sinks.jsonl import JSONL, read_records
+
+_COLUMNS = ("step", "point", "clip_stage", "key", "value")
+_NONFINITE = "nonfinite_parameters/"
+
+
+class Parquet(Sink):
+    """Append each record to a folder of Parquet files, ``part-00000.parquet`` and so on.
+
+    The parts are one long table, a row a value: ``step`` (int64), ``point`` and ``clip_stage`` (text, the latter null
+    for records that read no gradient), ``key`` (text) and ``value`` (float64, exactly the bits that were written). Keys
+    may differ from record to record, and an undefined metric (NaN) is a row, which a missing one is not; with a column
+    a key, files of different columns would have to be put together, and readers differ in how. Counts of NaN and inf in
+    gradients are rows too, under ``nonfinite_parameters/{parameter}``.
+
+    ``pandas.read_parquet(path)``, ``polars.read_parquet(f"{path}/*.parquet")`` and ``SELECT ... FROM
+    'path/*.parquet'`` in DuckDB read the table, and its ``pivot`` by ``key`` is the one with a column a key.
+
+    Each record is first a line of a journal in the folder; a full part appears in one step. So a killed process loses
+    nothing: the next opening of the folder (``Parquet(path).close()`` will do) makes a part of what it left. Needs the
+    extra ``parquet``.
+
+    Args:
+        path: the folder; it is continued if it exists.
+        rows_per_part: how many rows make a part; the last record may exceed it.
+        keep_until: drop the rows of later steps that the folder holds already; give the step of the checkpoint that a
+            run resumes from. None keeps everything.
+
+    Raises:
+        MissingExtraError: pyarrow is not installed.
+        RecordFileError: a part or the journal in the folder was not written by this sink.
+        ValueError: ``rows_per_part`` is not positive.
+
+    Example:
+        >>> import math, tempfile
+        >>> import normscope as ns
+        >>> path = tempfile.mkdtemp()
+        >>> with ns.sinks.Parquet(path) as sink:
+        ...     sink.write(ns.Record(10, ns.LifecyclePoint.POST_STEP, {"norms/total_norm": 0.1, "task/loss": math.nan}))
+        >>> import pyarrow.parquet
+        >>> pyarrow.parquet.read_table(path, columns=["step", "key", "value"]).to_pylist()
+        [{'step': 10, 'key': 'norms/total_norm', 'value': 0.1}, {'step': 10, 'key': 'task/loss', 'value': nan}]
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, rows_per_part: int = 1 << 18, keep_until: int | None = None
+    ) -> None:
+        super().__init__(os.fspath(path))
+        if not rows_per_part > 0:
+            raise ValueError(f"rows_per_part must be positive, got {rows_per_part}")
+        self._arrow, self._parquet = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
+        text, number = self._arrow.string(), self._arrow.int64()
+        types = (number, text, text, text, self._arrow.float64())
+        self._schema = self._arrow.schema(list(zip(_COLUMNS, types, strict=True)))
+        self._rows: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+        self._rows_per_part = rows_per_part
+        self._folder = Path(path)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for part in self._folder.glob("part-*.parquet"):
+            self._check(part)
+        self._recover()
+        if keep_until is not None:
+            for part in self._folder.glob("part-*.parquet"):
+                self._drop_after(part, keep_until)
+        self._begin_part()
+
+    def _check(self, part: Path) -> None:
+        try:
+            found = self._parquet.read_schema(part)
+        except self._arrow.ArrowInvalid as error:
+            raise RecordFileError(f"{part}: not a table of records: {error}") from error
+        if not found.equals(self._schema):
+            raise RecordFileError(f"{part}: not a table of records: its columns are not {', '.join(_COLUMNS)}")
+
+    def _recover(self) -> None:
+        """Make parts of the journals that a killed process left."""
+        for torn in self._folder.glob(".part-*.new"):
+            torn.unlink()
+        for journal in self._folder.glob(".part-*.jsonl"):
+            if not _part_of(journal).exists():
+                for record in read_records(journal):
+                    self._add(record)
+                self._write_part(journal)
+            journal.unlink()
+
+    def _begin_part(self) -> None:
+        number = 1 + max((int(part.stem[5:]) for part in self._folder.glob("part-*.parquet")), default=-1)
+        # The journal has the name of the part it becomes, so that one whose part is there is known to be done with.
+        # Readers of folders leave out files whose name begins with a dot.
+        self._journal_path = self._folder / f".part-{number:05d}.jsonl"
+        self._journal = JSONL(self._journal_path)
+
+    def _write(self, record: Record) -> None:
+        self._journal.write(record)
+        self._add(record)
+        if len(self._rows["step"]) >= self._rows_per_part:
+            self._end_part()
+            self._begin_part()
+
+    def _close(self) -> None:
+        self._end_part()
+
+    def _add(self, record: Record) -> None:
+        found = {**record, **{_NONFINITE + name: float(n) for name, n in record.nonfinite_parameters.items()}}
+        self._rows["key"] += found.keys()
+        self._rows["value"] += found.values()
+        for name, value in (("step", record.step), ("point", record.point.value), ("clip_stage", record.clip_stage)):
+            self._rows[name] += [value] * len(found)
+
+    def _end_part(self) -> None:
+        self._write_part(self._journal_path)
+        self._journal.close()
+        self._journal_path.unlink()
+
+    def _write_part(self, journal: Path) -> None:
+        """Write the rows in memory as the part that belongs to ``journal``."""
+        if self._rows["step"]:
+            self._replace(_part_of(journal), self._arrow.table(self._rows, schema=self._schema))
+            self._rows = {name: [] for name in _COLUMNS}
+
+    def _replace(self, part: Path, table: Any) -> None:
+        """Make ``table`` the content of ``part``: whoever looks sees the old content or the new one."""
+        new = part.with_name(f".{part.stem}.new")
+        with open(new, "wb") as file:
+            # Few values of a metric are equal, so that a dictionary of them would only take time.
+            self._parquet.write_table(table, file, compression="zstd", use_dictionary=list(_COLUMNS[:-1]))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, part)
+
+    def _drop_after(self, part: Path, step: int) -> None:
+        table = self._parquet.read_table(part)
+        kept = table.filter(require("pyarrow.compute", "parquet").less_equal(table["step"], step))
+        if not kept.num_rows:
+            part.unlink()
+        elif kept.num_rows < table.num_rows:
+            self._replace(part, kept)
+
+
+def _part_of(journal: Path) -> Path:
+    return journal.with_name(journal.stem[1:] + ".parquet")

@@ -1,0 +1,92 @@
+"""The Weights & Biases sink: one row of a run a record, on an axis of the record's own step."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from normscope.errors import require
+from normscope.record import Record
+from normscope.sinks.console_table import describe_nonfinite
+from normscope.sinks.queued import Queued
+
+_STEP = "normscope/step"
+
+
+class WandB(Queued):
+    """Log each record to a run of Weights & Biases, from a thread of its own (see ``Queued``).
+
+    Keys are the record's own. A run's internal step only goes up, and W&B ignores whatever comes with an earlier one;
+    so the sink does not set it. Each record becomes a row with its step as ``normscope/step``, which is declared as the
+    x-axis of the record's keys: records of one step, of epochs beside steps, and of a resumed run that goes back to a
+    checkpoint all keep their place. It does harm only in a run that somebody logs to with ``run.log(..., step=n)``:
+    each row raises the internal step by one, and once it is beyond ``n`` W&B ignores what they log. Use ``steps="run"``
+    there.
+
+    NaN and infinities are logged as such. The run's summary holds what is no number: ``normscope/clip_stage``, and
+    ``normscope/nonfinite``, the last step at which a gradient held NaN or inf, with the parameter's name. Needs the
+    extra ``wandb``.
+
+    Args:
+        run: the run; by default the active one, or, where there is none, a new one, which ``close`` finishes.
+        steps: ``"own"`` as above. With ``"run"`` a record joins the row of its own step (``run.log(..., step=step)``),
+            or of the run's, where that is further: of two late records with one key only the second is kept then.
+        size, timeout: as in ``Queued``.
+        **init: what ``wandb.init`` takes, for a new run.
+
+    Raises:
+        MissingExtraError: wandb is not installed.
+
+    Example:
+        >>> import normscope as ns
+        >>> sink = ns.sinks.WandB(project="grokking", mode="disabled")
+        >>> sink.write(ns.Record(10, ns.LifecyclePoint.POST_STEP, {"norms/total_norm": 0.1}))
+        >>> sink.close()
+    """
+
+    def __init__(
+        self,
+        run: Any = None,
+        *,
+        steps: Literal["own", "run"] = "own",
+        size: int = 1000,
+        timeout: float = 30.0,
+        **init: Any,
+    ) -> None:
+        if steps not in ("own", "run"):
+            raise ValueError(f"steps must be 'own' or 'run', got {steps!r}")
+        wandb = require("wandb", "wandb")
+        active = run if run is not None else wandb.run
+        run = active if active is not None else wandb.init(**init)
+        super().__init__(_Rows(run, steps == "run", finish=active is None), size=size, timeout=timeout)
+
+
+class _Rows:
+    """Writes records to ``run``, and finishes it in the end if so told."""
+
+    def __init__(self, run: Any, joins_steps: bool, finish: bool) -> None:
+        self._run, self._joins_steps, self._finish = run, joins_steps, finish
+        self._known: set[str] = set()
+        self._clip_stage: str | None = None
+
+    def write(self, record: Record) -> None:
+        if not self._known:
+            self._run.define_metric(_STEP, hidden=True)
+        for key in record.keys() - self._known:
+            self._run.define_metric(key, step_metric=_STEP)
+            self._known.add(key)
+        row = {**record, _STEP: record.step}
+        if self._joins_steps:
+            self._run.log(row, step=max(record.step, self._run.step))
+        else:
+            self._run.log(row)
+        if record.clip_stage not in (None, self._clip_stage):
+            self._clip_stage = self._run.summary["normscope/clip_stage"] = record.clip_stage
+        if record.nonfinite_parameters:
+            self._run.summary["normscope/nonfinite"] = f"step {record.step}: {describe_nonfinite(record)}"
+
+    def close(self) -> None:
+        if self._finish:
+            self._run.finish()
+
+    def __repr__(self) -> str:
+        return f"WandB({self._run.id!r})"
