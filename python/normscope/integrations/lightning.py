@@ -106,9 +106,9 @@ class NormscopeMonitor:
             return bool(every(step)) if callable(every) else every > 0 and (step + 1) % every == 0
 
         self._step = None
-        self._monitor = Monitor(
-            pl_module, observers_for(due, self.observers), made(self.sinks), context=self.context, loop="step"
-        )
+        observers = observers_for(due, self.observers)
+        sinks = made(self.sinks) if trainer.is_global_zero else ()
+        self._monitor = Monitor(pl_module, observers, sinks, context=self.context, loop="step")
 
     def on_train_start(self, trainer: _Trainer, pl_module: _Module) -> None:
         """Count from where the Trainer is."""
