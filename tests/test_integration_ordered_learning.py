@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
@@ -412,7 +413,10 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @both_modes
-def test_hooks_that_fire_together_read_once(published: bool, passes: list[int], framework: Any) -> None:
+@pytest.mark.parametrize("kind_of_context", [Context, lambda config: SimpleNamespace(config=config)])
+def test_hooks_that_fire_together_read_once(
+    published: bool, passes: list[int], framework: Any, kind_of_context: Any
+) -> None:
     register(published)
     model = trained()
     manager = framework.HookManager(*HOOKS)
@@ -422,7 +426,8 @@ def test_hooks_that_fire_together_read_once(published: bool, passes: list[int], 
         with torch.no_grad():
             model.decoder.weight.add_(0.1)
         passes.clear()
-        found = manager.fire(framework.HookPoint.POST_EPOCH, Context({"stride": 4}), **state(model, grads))
+        ctx = kind_of_context({"stride": 4})
+        found = manager.fire(framework.HookPoint.POST_EPOCH, ctx, **state(model, grads))
         count.append(len(passes))
         split = {hook: {k.split("/", 1)[1]: v for k, v in found.items() if k.startswith(hook)} for hook in HOOKS}
         assert_all(split, model, grads, 4, published)
@@ -579,3 +584,22 @@ def test_a_missing_framework_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path:
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there") as raised:
         register()
     assert not isinstance(raised.value, MissingFrameworkError)
+
+
+# The page
+
+
+def test_the_page_runs_and_names_what_there_is(framework: Any) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "integrations" / "ordered_learning.md").read_text()
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(block, names)
+    found = names["token_gradient"]().compute(names["context"], **names["state"])
+    assert found["stride_group_max_ratio"] >= 1
+    keys = {
+        key for row in re.findall(r"^\| (`.*?) \|", page, flags=re.MULTILINE) for key in re.findall(r"`(\w+)`", row)
+    }
+    described = {
+        info.name.split("/")[0] for hook in HOOKS for info in framework.HookRegistry.items[hook]().describe_metrics()
+    }
+    assert keys - set(HOOKS) <= described

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 from weakref import WeakSet, ref
 
@@ -118,14 +118,18 @@ class _Read:
 
 
 def _seen(firing: Firing) -> list[tuple[Any, ...]] | None:
-    """None where a change could not be told: a context of a kind that has no identity, or inference tensors."""
+    """None where a change could not be told: inference tensors, whose writes PyTorch does not count."""
     held = [*firing.gradients.tensors, *firing.weights.values()]
     if any(tensor.is_inference() for tensor in held):
         return None
+    return [(_held(firing.ctx),), *((ref(tensor), tensor._version, _address(tensor)) for tensor in held)]
+
+
+def _held(ctx: object) -> Callable[[], object]:
     try:
-        return [(ref(firing.ctx),), *((ref(tensor), tensor._version, _address(tensor)) for tensor in held)]
-    except TypeError:
-        return None
+        return ref(ctx)
+    except TypeError:  # a context is small, and may be of a kind that has no weak references
+        return lambda: ctx
 
 
 def _address(tensor: Tensor) -> int:
