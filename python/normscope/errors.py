@@ -36,6 +36,10 @@ class BackendError(NormscopeError, RuntimeError):
     """A backend was asked for by name and cannot be used."""
 
 
+class RanksDifferError(NormscopeError, RuntimeError):
+    """The ranks of a distributed run do not hold the same tensors; the message names those that differ."""
+
+
 class ObserverError(NormscopeError, RuntimeError):
     """An observer or intervention failed; the message names it."""
 

@@ -15,7 +15,7 @@ from normscope.metrics.token_gradient import token_gradient as token_gradient_va
 from normscope.metrics.values import vector
 from normscope.metrics.weight_tracking import Column, EffectiveRank, Spectral, WeightTrackingOptions, exact_spectra
 from normscope.metrics.weight_tracking import weight_tracking as weight_tracking_values
-from normscope.reading import complete, named_pass, naming, weights_beside
+from normscope.reading import complete, naming, prepared, weights_beside
 from normscope.tensors import Patterns, TensorList
 
 __all__ = ["norms", "singular_values", "token_gradient", "weight_tracking"]
@@ -42,8 +42,8 @@ def norms(source: nn.Module | Mapping[str, Tensor | None]) -> dict[str, float]:
         >>> ns.norms({"a": torch.tensor([3.0]), "b": torch.tensor([0.0, 4.0])})["total_norm"]
         5.0
     """
-    found = tensors.gradients(source)
-    return norm_values(named_pass(found), found.names).to_dict()
+    found = prepared(lambda: tensors.gradients(source), lambda: tensors.all_of(source))
+    return norm_values(found.make(), found.names).to_dict()
 
 
 def token_gradient(
@@ -147,10 +147,13 @@ def weight_tracking(
     )
     weights = dict(zip(*found, strict=True))
     pairs = {name: grad for name, grad in zip(found.names, gradients, strict=True) if grad is not None}
-    with_gradient = [name for name in chosen if name in pairs]
-    stats = named_pass(
-        TensorList(with_gradient, [pairs[name] for name in with_gradient]), [weights[name] for name in with_gradient]
+    here = [name for name in chosen if name in pairs]
+    gradient_pass = prepared(
+        lambda: TensorList(here, [pairs[name] for name in here]),
+        lambda: TensorList(chosen, [weights[name] for name in chosen]),
     )
+    with_gradient = gradient_pass.names
+    stats = gradient_pass.make([weights[name] for name in with_gradient])
     norms = vector(complete([weights_beside(with_gradient, stats)], chosen, weights).norms)
     matrices = [name for name in chosen if weights[name].dim() >= 2]
     spectra: dict[str, Spectral] = {}

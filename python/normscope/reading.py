@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from normscope import ops
-from normscope.errors import UnsupportedTensorError
+from normscope.errors import NoGradientError, UnsupportedTensorError
 from normscope.sending import sent
 from normscope.stats import COLUMN_INDEX, Stats
 from normscope.tensors import TensorList
@@ -25,12 +25,62 @@ def naming(names: Sequence[str]) -> Iterator[None]:
         raise UnsupportedTensorError(error.index, error.reason, names[error.index]) from None
 
 
+class NamedPass(NamedTuple):
+    """A pass that is ready to be made.
+
+    Attributes:
+        names: of the tensors; in a distributed run of those that some rank has, the same on every rank.
+        tensors: of that name; None where only other ranks have it.
+        agreement: of the ranks, where they work together.
+    """
+
+    names: Sequence[str]
+    tensors: Sequence[Tensor | None]
+    agreement: ops.Agreement | None = None
+
+    def make(self, weights: Sequence[Tensor | None] | None = None, tables: Collection[int] = ()) -> Stats:
+        """:func:`normscope.ops.fused_pass`, with names in its errors."""
+        with naming(self.names):
+            if self.agreement is not None:
+                return ops.fused_pass_over_ranks(self.agreement, self.tensors, weights, tables)
+            return ops.fused_pass(cast(Sequence[Tensor], self.tensors), weights, tables)
+
+
+def prepared(find: Callable[[], TensorList], all_parameters: Callable[[], TensorList]) -> NamedPass:
+    """The pass over gradients, or weights, of these parameters.
+
+    Args:
+        find: finds them.
+        all_parameters: finds all parameters, in the model's order, also those that are missing in what is found; called
+            only where ranks may have to work together.
+
+    Raises:
+        NoGradientError: nothing is found, on any rank.
+        RanksDifferError: the ranks hold different parameters.
+    """
+    if not ops.ranks_possible():
+        return NamedPass(*find())
+    parameters = all_parameters()
+    if not ops.in_ranks(parameters.tensors):
+        return NamedPass(*find())
+    nothing: NoGradientError | None = None
+    try:
+        found = find()
+    except NoGradientError as error:  # the other ranks may have some, and wait for this one
+        found, nothing = TensorList((), []), error
+    by_name = dict(zip(*found, strict=True))
+    tensors = [by_name.get(name) for name in parameters.names]
+    agreement = ops.agree(parameters.names, tensors, [parameter.shape for parameter in parameters.tensors])
+    if nothing is not None and not agreement.names:
+        raise nothing
+    return NamedPass(agreement.names, [by_name.get(name) for name in agreement.names], agreement)
+
+
 def named_pass(
     tensors: TensorList, weights: Sequence[Tensor | None] | None = None, tables: Collection[int] = ()
 ) -> Stats:
-    """:func:`normscope.ops.fused_pass`, with names in its errors."""
-    with naming(tensors.names):
-        return ops.fused_pass(tensors.tensors, weights, tables)
+    """A pass over tensors that every rank has."""
+    return prepared(lambda: tensors, lambda: tensors).make(weights, tables)
 
 
 class WeightView(NamedTuple):

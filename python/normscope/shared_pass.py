@@ -12,7 +12,7 @@ from normscope.errors import NormscopeError, ObserverError
 from normscope.metrics.values import Number, Values, joined, larger, vector
 from normscope.observer import GradientSource, GradientView, Observer, View
 from normscope.pending import Parts
-from normscope.reading import WeightView, complete, named_pass, weights_beside
+from normscope.reading import WeightView, complete, prepared, weights_beside
 from normscope.record import ClipStage, LifecyclePoint
 from normscope.tensors import TensorList
 
@@ -79,13 +79,13 @@ def read_gradients(
             continue
         first, first_view = readers[0]
         with naming_errors("observer", first.name, first_view.point, first_view.step):
-            gradients = gradients_of(source)
+            gradients = prepared(lambda source=source: gradients_of(source), lambda: parameters)  # type: ignore[misc]
         tables = _tables(readers, gradients.names)
         weights_read = any(reading.weights is not None for reading in readings.values())
         beside: list[Tensor | None] | None = None
         if wanted and (not weights_read or any(observer.reads.weights for observer, _ in readers)):
             beside = [by_name[name] if name in wanted else None for name in gradients.names]
-        stats = named_pass(gradients, beside, tables)
+        stats = gradients.make(beside, tables)
         if scale is not None and source == "current":
             stats = stats.divided(scale)
         weights = None if beside is None else weights_beside(gradients.names, stats)

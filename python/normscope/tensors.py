@@ -61,6 +61,13 @@ def parameters(model: nn.Module) -> TensorList:
     return _each_once([name for name, _ in named], [parameter for _, parameter in named])
 
 
+def all_of(source: nn.Module | Mapping[str, Tensor | None]) -> TensorList:
+    """Parameters of a model, or the tensors of a mapping."""
+    if isinstance(source, nn.Module):
+        return parameters(source)
+    return _each_once(source.keys(), source.values())
+
+
 def weights_and_gradients(
     source: nn.Module | Mapping[str, Tensor], gradients: Mapping[str, Tensor | None] | None = None
 ) -> tuple[TensorList, list[Tensor | None]]:

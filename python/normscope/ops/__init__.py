@@ -5,23 +5,31 @@ A backend is a module with these functions. ``reference`` is the specification: 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import Tensor
 
 from normscope.errors import UnsupportedTensorError
-from normscope.ops import backends, spectra
+from normscope.ops import backends, sharded_pass, sharded_spectra, spectra
 from normscope.ops.contract import OrderStatistics, Spectrum
+from normscope.ops.sharded_agreement import Agreement, agree
+from normscope.ops.sharded_exchange import chosen_group
+from normscope.ops.sharded_layout import any_sharded, dtensors_exist, is_sharded
 from normscope.stats import Energies, Stats, joined
 
 __all__ = [
+    "Agreement",
     "OrderStatistics",
     "Spectrum",
+    "agree",
     "backends",
     "fused_pass",
+    "fused_pass_over_ranks",
     "gram_products",
     "grams",
+    "in_ranks",
     "order_statistics",
+    "ranks_possible",
     "row_energies",
     "singular_values",
 ]
@@ -42,11 +50,41 @@ def fused_pass(
         The same tensors give the same bits, whatever the threads and whatever else is in the list; on a GPU a table
         is summed row by row, and its last bits may differ from those of the same tensor that is not marked as one.
         Tensors of several devices are read where they are, and their sums lie on the first one that is not the CPU.
+        Where one is sharded, every rank must call, and the sums are those of the whole tensors.
 
     Raises:
         UnsupportedTensorError: a dtype, layout or device that no chosen backend reads.
         ValueError: a weight differs from its gradient in shape.
     """
+    if in_ranks(gradients):
+        agreement = agree([f"tensor {index}" for index in range(len(gradients))], gradients)
+        return fused_pass_over_ranks(agreement, gradients, weights, tables)
+    return _fused_pass_here(gradients, weights, tables)
+
+
+def in_ranks(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether the ranks of a distributed run must work together on these: one is sharded, or a group was chosen."""
+    return chosen_group() is not None or any_sharded(tensors)
+
+
+def ranks_possible() -> bool:
+    """Whether :func:`in_ranks` can be true of any tensors, without looking at them."""
+    return chosen_group() is not None or dtensors_exist()
+
+
+def fused_pass_over_ranks(
+    agreement: Agreement,
+    gradients: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None] | None = None,
+    tables: Collection[int] = (),
+) -> Stats:
+    """As :func:`fused_pass`, for tensors that the ranks agreed on; None where this rank has none."""
+    return sharded_pass.fused_pass(agreement, gradients, weights, tables, _fused_pass_here)
+
+
+def _fused_pass_here(
+    gradients: Sequence[Tensor], weights: Sequence[Tensor | None] | None, tables: Collection[int]
+) -> Stats:
     devices = backends.split_by_device(gradients)
     if devices is None:
         return backends.of(gradients).fused_pass(gradients, weights, tables)
@@ -55,7 +93,7 @@ def fused_pass(
         beside = None if weights is None else [weights[index] for index in indices]
         marked = [number for number, index in enumerate(indices) if index in tables]
         try:
-            parts.append(fused_pass([gradients[index] for index in indices], beside, marked))
+            parts.append(_fused_pass_here([gradients[index] for index in indices], beside, marked))
         except UnsupportedTensorError as error:
             raise UnsupportedTensorError(indices[error.index], error.reason) from None
     return joined(devices, parts)
@@ -67,6 +105,8 @@ def row_energies(gradient: Tensor) -> Energies:
     Raises:
         UnsupportedTensorError: a dtype, layout or device that no chosen backend reads.
     """
+    if in_ranks((gradient,)):
+        return fused_pass([gradient], tables=(0,)).energies[0]
     return backends.of((gradient,)).row_energies(gradient)
 
 
@@ -118,6 +158,13 @@ def singular_values(matrices: Sequence[Tensor]) -> list[Spectrum]:
         UnsupportedTensorError: a dtype, layout or device that no chosen backend reads.
         ValueError: fewer than two dimensions.
     """
+    if any_sharded(matrices):
+        sharded = [index for index, matrix in enumerate(matrices) if is_sharded(matrix)]
+        whole = [index for index, matrix in enumerate(matrices) if not is_sharded(matrix)]
+        spectra_of = sharded_spectra.singular_values([matrices[index] for index in sharded], singular_values)
+        spread = dict(zip(sharded, spectra_of, strict=True))
+        spread.update(zip(whole, singular_values([matrices[index] for index in whole]), strict=True))
+        return [spread[index] for index in range(len(matrices))]
     if all(matrix.is_cpu for matrix in matrices) or backends.chosen():
         return backends.of(matrices).singular_values(matrices)
     on_cpu = [index for index, matrix in enumerate(matrices) if matrix.is_cpu]
@@ -148,4 +195,6 @@ def gram_products(matrices: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[
     Returns:
         For each, A^T (A X), float64 ``[n, k]``, formed in float64 and not protected against overflow.
     """
+    if any_sharded(matrices):
+        return sharded_spectra.gram_products(matrices, blocks)
     return backends.of(matrices).gram_products(matrices, blocks)

@@ -25,13 +25,15 @@ _SHRINKS_BY, _STEPS = 1 / 32, 7  # what inverse iteration leaves of a foreign ei
 _ROW_BLOCK = 1 << 20  # float64 elements of A at once
 
 
-def accurate_values(values: Tensor, largest: float | None = None) -> int:
+def accurate_values(values: Tensor, largest: float | None = None, bound: float | None = None) -> int:
     """How many leading singular values of a spectrum read off a Gram matrix are within the bounds.
 
     Args:
         values: float64 ``[n]``, descending, square roots of the eigenvalues.
         largest: the largest singular value of the whole matrix, where these are only its small ones.
+        bound: of all errors, instead of those that are promised.
     """
+    value_bound, entropy_bound = (_VALUE_BOUND, _ENTROPY_BOUND) if bound is None else (bound, bound)
     count = len(values)
     if count == 0 or values[0] == 0.0:
         return count
@@ -44,11 +46,11 @@ def accurate_values(values: Tensor, largest: float | None = None) -> int:
     if smallest > 0.0:
         off_at_most = 8 * _ROUNDING * count**0.5 / smallest
         entropy_off_at_most = count * off_at_most / total * (1.0 - math.log(smallest / total))
-        if off_at_most <= _VALUE_BOUND * top and entropy_off_at_most <= _ENTROPY_BOUND:
+        if off_at_most <= value_bound * top and entropy_off_at_most <= entropy_bound:
             return count
     off = (8 * _ROUNDING) * torch.linalg.vector_norm(relative.square()) / relative
     entropy_off = (off / total * (1.0 - (relative / total).log())).nan_to_num(torch.inf).cumsum(0)
-    fine = (off <= _VALUE_BOUND * top) & (entropy_off <= _ENTROPY_BOUND)
+    fine = (off <= value_bound * top) & (entropy_off <= entropy_bound)
     return int(fine.to(torch.int64).cumprod(0).sum())
 
 

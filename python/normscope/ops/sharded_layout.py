@@ -1,0 +1,115 @@
+"""How a tensor lies on the ranks of a run: which part of it a rank holds, and the part itself."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+class Split(NamedTuple):
+    """A dimension cut into ``parts``, as ``torch.chunk`` does; with a ``factor`` each of that many stretches is cut."""
+
+    dim: int
+    parts: int
+    factor: int = 1
+
+
+class Layout(NamedTuple):
+    """A tensor's shape and its splits, one after the other; without a split each rank holds the whole."""
+
+    shape: tuple[int, ...]
+    splits: tuple[Split, ...] = ()
+
+
+#: For each split the part that a rank holds.
+Coordinates = tuple[int, ...]
+
+
+def is_sharded(tensor: object) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor, whatever its placements; asks without importing what defines them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def any_sharded(tensors: Iterable[object]) -> bool:
+    """Whether one of them is."""
+    return dtensors_exist() and any(is_sharded(tensor) for tensor in tensors)
+
+
+def dtensors_exist() -> bool:
+    """Whether what defines DTensors was imported."""
+    return "torch.distributed.tensor" in sys.modules
+
+
+def settled(tensor: Tensor) -> Tensor:
+    """The tensor without pending sums: a ``Partial`` placement is summed, in the tensor's dtype, as ``full_tensor()``
+    does; every rank of the mesh must call."""
+    if not is_sharded(tensor) or not any(placement.is_partial() for placement in tensor.placements):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    return tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of it."""
+    if not is_sharded(tensor):
+        return tensor
+    part = tensor.to_local()
+    return part.wait() if hasattr(part, "wait") else part
+
+
+def _cuts(tensor: DTensor) -> dict[int, Split]:
+    """For each dimension of the mesh that cuts the tensor, how."""
+    placements: Sequence[Any] = tensor.placements
+    return {
+        mesh_dim: Split(placement.dim % tensor.dim(), size, getattr(placement, "split_factor", 1))
+        for mesh_dim, (placement, size) in enumerate(zip(placements, tensor.device_mesh.shape, strict=True))
+        if not placement.is_replicate() and not placement.is_partial()
+    }
+
+
+def layout_of(tensor: Tensor) -> Layout:
+    """Its layout; a pending sum counts as done, see :func:`settled`."""
+    return Layout(tuple(tensor.shape), tuple(_cuts(tensor).values()) if is_sharded(tensor) else ())
+
+
+def coordinates_of(tensor: Tensor) -> Coordinates | None:
+    """The part that this rank holds; None for a rank outside the tensor's mesh."""
+    if not is_sharded(tensor):
+        return ()
+    place = tensor.device_mesh.get_coordinate()
+    return None if place is None else tuple(place[mesh_dim] for mesh_dim in _cuts(tensor))
+
+
+@lru_cache(maxsize=256)
+def indices(layout: Layout, coordinates: Coordinates, dim: int) -> Tensor | None:
+    """Indices along ``dim``, int64 on the CPU, that the part at ``coordinates`` holds; None for all of them."""
+    if not any(split.dim == dim for split in layout.splits):
+        return None
+    held = torch.arange(layout.shape[dim], device="cpu")
+    for split, part in zip(layout.splits, coordinates, strict=True):
+        if split.dim == dim:
+            stretches = _chunks(held, split.factor)
+            held = torch.cat([_chunks(stretch, split.parts)[part] for stretch in stretches])
+    return held
+
+
+def _chunks(held: Tensor, parts: int) -> Sequence[Tensor]:
+    """``parts`` pieces, the last ones empty where there are too few elements."""
+    size = max(-(-len(held) // parts), 1)
+    return [held[start * size : (start + 1) * size] for start in range(parts)]
+
+
+def part_shape(layout: Layout, coordinates: Coordinates) -> tuple[int, ...]:
+    """Shape of the part at ``coordinates``."""
+    held = (indices(layout, coordinates, dim) for dim in range(len(layout.shape)))
+    return tuple(size if found is None else len(found) for size, found in zip(layout.shape, held, strict=True))

@@ -1,0 +1,253 @@
+"""Spectra of sharded matrices: Gram matrices summed over the ranks, or the matrix gathered by one; none by all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normscope.ops.contract import Spectrum, as_matrix
+from normscope.ops.sharded_agreement import Agreement, Share, agree
+from normscope.ops.sharded_exchange import Exchange
+from normscope.ops.sharded_layout import Layout, indices, local_part, part_shape, settled
+from normscope.ops.spectra import values_of_gram
+from normscope.sending import sent
+
+_METHODS = ("gram", "refined", "svd", "nonfinite", "failed")
+_BLOCK = 1 << 22  # float64 elements of a part that are converted at once
+
+LocalSpectra = Callable[[Sequence[Tensor]], list[Spectrum]]
+
+
+class Route(NamedTuple):
+    """How one matrix reaches the rank that computes its spectrum.
+
+    Attributes:
+        owner: that rank.
+        kind: ``"here"``: it holds the matrix; ``"gram"``: the Gram matrix of the side that is not cut is summed;
+            ``"gather"``: the parts are sent to it.
+        side: of a Gram matrix, the dimension that is not cut.
+        size: bytes that are sent: the upper triangle of a Gram matrix, or the matrix.
+    """
+
+    owner: int
+    kind: Literal["here", "gram", "gather"]
+    side: int
+    size: int
+
+
+def plan_spectra(
+    layouts: Sequence[Layout],
+    dtypes: Sequence[torch.dtype],
+    ranks: int,
+    holders: Sequence[Sequence[int]] | None = None,
+) -> list[Route]:
+    """How matrices reach the ranks that compute their spectra, evenly spread.
+
+    Args:
+        layouts: of each matrix, two dimensions.
+        dtypes: of each.
+        ranks: how many ranks there are.
+        holders: of each, the ranks that hold all of it; by default all ranks hold those that are not cut.
+    """
+    routes: dict[int, Route] = {}
+    busy = [0.0] * ranks
+    costs = [_cost(layout) for layout in layouts]
+    for index in sorted(range(len(layouts)), key=lambda index: (-costs[index], index)):
+        layout, dtype = layouts[index], dtypes[index]
+        rows, columns = layout.shape
+        whole, triangle = rows * columns * dtype.itemsize, 4 * min(layout.shape) * (min(layout.shape) + 1)
+        cut = {split.dim for split in layout.splits}
+        side = 0 if rows <= columns else 1
+        if rows == columns and cut == {0}:
+            side = 1
+        candidates: Sequence[int] = range(ranks)
+        if not cut:
+            kind: Literal["here", "gram", "gather"] = "here"
+            candidates = holders[index] if holders is not None else candidates
+            size = 0
+        elif side not in cut and triangle < whole:
+            kind, size = "gram", triangle
+        else:
+            kind, size = "gather", whole
+        owner = min(candidates, key=lambda rank: (busy[rank], rank))
+        busy[owner] += costs[index]
+        routes[index] = Route(owner, kind, side, size)
+    return [routes[index] for index in range(len(layouts))]
+
+
+def _cost(layout: Layout) -> float:
+    rows, columns = layout.shape
+    return float(rows) * columns * min(rows, columns) + 10.0 * min(rows, columns) ** 3
+
+
+@torch.no_grad()
+def singular_values(matrices: Sequence[Tensor], compute: LocalSpectra) -> list[Spectrum]:
+    """As :func:`normscope.ops.singular_values`, of DTensors, the same bits on every rank, which all must call.
+
+    Args:
+        matrices: the matrices.
+        compute: computes spectra of matrices that this rank holds.
+    """
+    held = [settled(as_matrix(index, matrix)) for index, matrix in enumerate(matrices)]
+    agreement = agree([f"matrix {index}" for index in range(len(held))], held)
+    whole = [[rank for share in shares for rank in share.holders] for shares in agreement.shares]
+    routes = plan_spectra(agreement.layouts, agreement.dtypes, agreement.ranks, whole)
+    spread = _Spread(agreement, held, compute)
+    found = spread.spectra(dict(enumerate(routes)))
+    again = {
+        index: Route(route.owner, "gather", route.side, 0) for index, route in enumerate(routes) if index not in found
+    }
+    found |= spread.spectra(again) if again else {}
+    return [found[index]._replace(values=sent(found[index].values, held[index].device)) for index in range(len(held))]
+
+
+class _Spread:
+    """Spectra computed by their owners, and told to all."""
+
+    def __init__(self, agreement: Agreement, held: Sequence[Tensor], compute: LocalSpectra) -> None:
+        self._agreement = agreement
+        self._parts = [local_part(matrix) for matrix in held]
+        self._compute = compute
+        self._exchange = Exchange()
+
+    def spectra(self, routes: dict[int, Route]) -> dict[int, Spectrum]:
+        """The spectra of these matrices, without those that a Gram matrix does not tell exactly enough."""
+        mine: dict[int, Spectrum | None] = {}
+        for together in _rounds(routes):
+            received = {index: self._receive(index, routes[index]) for index in together}
+            for index, matrix in received.items():
+                if routes[index].owner == self._agreement.rank:
+                    assert matrix is not None
+                    mine[index] = self._solve(matrix, routes[index])
+        return self._told(list(routes), mine)
+
+    def _receive(self, index: int, route: Route) -> Tensor | None:
+        """What the owner computes with; None on the other ranks."""
+        owns = route.owner == self._agreement.rank
+        if route.kind == "here":
+            return self._parts[index] if owns else None
+        layout, share = self._agreement.layouts[index], self._agreement.mine[index]
+        if route.kind == "gram":
+            gram = _gram(self._parts[index], route.side, layout.shape[route.side], share is not None)
+            packed = torch.cat([gram[row, row:] for row in range(len(gram))])
+            packed = sent(packed, self._agreement.device)
+            self._exchange.sum_to(route.owner, packed)
+            return _unpacked(packed, len(gram)) if owns else None
+        return self._gathered(index, layout, route.owner)
+
+    def _gathered(self, index: int, layout: Layout, owner: int) -> Tensor | None:
+        rank, shares = self._agreement.rank, self._agreement.shares[index]
+        part = sent(self._parts[index].contiguous(), self._agreement.device)
+        share = self._agreement.mine[index]
+        if rank != owner:
+            self._exchange.move([] if share is None else [(owner, part)], [])
+            return None
+        buffers = {
+            each: part if each is share else part.new_empty(part_shape(layout, each.coordinates)) for each in shares
+        }
+        self._exchange.move([], [(each.rank, buffer) for each, buffer in buffers.items() if each is not share])
+        matrix = part.new_zeros(layout.shape)
+        for each, buffer in buffers.items():
+            rows, columns = (_index(layout, each, dim, matrix.device) for dim in (0, 1))
+            matrix[rows[:, None], columns[None, :]] = buffer
+        return matrix
+
+    def _solve(self, matrix: Tensor, route: Route) -> Spectrum | None:
+        if route.kind != "gram":
+            return self._compute([matrix])[0]
+        values = values_of_gram(matrix)
+        return None if values is None else Spectrum(values, "gram")
+
+    def _told(self, order: Sequence[int], mine: dict[int, Spectrum | None]) -> dict[int, Spectrum]:
+        """What every owner found, on every rank; for each matrix its values, whether there are any, and how."""
+        sizes = [min(self._agreement.layouts[index].shape) for index in order]
+        device = self._agreement.device
+        rows = []
+        for index, size in zip(order, sizes, strict=True):
+            row = torch.zeros(size + 3, dtype=torch.float64, device=device)
+            spectrum = mine.get(index)
+            if spectrum is not None:
+                about = torch.tensor([1.0, _METHODS.index(spectrum.method), spectrum.fallback], dtype=torch.float64)
+                row = torch.cat([sent(spectrum.values, device), sent(about, device)])
+            rows.append(row)
+        told = self._exchange.summed(torch.cat(rows), "values")
+        found = {}
+        for index, row in zip(order, torch.split(told, [size + 3 for size in sizes]), strict=True):
+            known, method, fallback = row[-3:].tolist()
+            if known:
+                found[index] = Spectrum(row[:-3].clone(), _METHODS[int(method)], bool(fallback))
+        return found
+
+
+def _rounds(routes: dict[int, Route]) -> Iterator[list[int]]:
+    """Matrices in groups with at most one for each owner, so that all ranks compute at the same time."""
+    waiting: dict[int, list[int]] = {}
+    for index, route in routes.items():
+        waiting.setdefault(route.owner, []).append(index)
+    while any(waiting.values()):
+        yield [queue.pop(0) for _, queue in sorted(waiting.items()) if queue]
+
+
+def _gram(part: Tensor, side: int, size: int, counts: bool) -> Tensor:
+    """The Gram matrix, float64 ``[size, size]``, of this rank's part over the side that is not cut; 0 if the part
+    counts on another rank."""
+    gram = torch.zeros(size, size, dtype=torch.float64, device=part.device)
+    if not counts:
+        return gram
+    tall = part if side == 1 else part.T
+    rows = max(_BLOCK // max(size, 1), 1)
+    for start in range(0, len(tall), rows):
+        block = tall[start : start + rows].to(torch.float64)
+        gram.addmm_(block.T, block)
+    return gram
+
+
+def _unpacked(packed: Tensor, size: int) -> Tensor:
+    """A symmetric matrix from its upper triangle."""
+    gram = packed.new_zeros(size, size)
+    start = 0
+    for row in range(size):
+        gram[row, row:] = packed[start : start + size - row]
+        start += size - row
+    return gram + gram.triu(1).T
+
+
+def _index(layout: Layout, share: Share, dim: int, device: torch.device) -> Tensor:
+    held = indices(layout, share.coordinates, dim)
+    return torch.arange(layout.shape[dim], device=device) if held is None else sent(held, device)
+
+
+@torch.no_grad()
+def gram_products(matrices: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[Tensor]:
+    """As :func:`normscope.ops.gram_products`, of DTensors, the same bits on every rank, which all must call."""
+    held = [settled(as_matrix(index, matrix)) for index, matrix in enumerate(matrices)]
+    agreement = agree([f"matrix {index}" for index in range(len(held))], held)
+    exchange = Exchange()
+    products = []
+    for index, block in enumerate(blocks):
+        layout, share = agreement.layouts[index], agreement.mine[index]
+        across, along = (0, 1) if layout.shape[0] >= layout.shape[1] else (1, 0)
+        part = local_part(held[index]).to(torch.float64)
+        tall = part if along == 1 else part.T
+        rows, columns = (_index_of(layout, share, dim, block.device) for dim in (across, along))
+        cut = {split.dim for split in layout.splits}
+        product = torch.zeros_like(block)
+        if share is not None:
+            inner = tall @ block[columns]
+        if along in cut:
+            whole = block.new_zeros(layout.shape[across], block.shape[1])
+            if share is not None:
+                whole[rows] += inner
+            inner = exchange.summed(whole, "products")[rows]
+        if share is not None:
+            product[columns] += tall.T @ inner
+        products.append(exchange.summed(product, "products"))
+    return products
+
+
+def _index_of(layout: Layout, share: Share | None, dim: int, device: torch.device) -> Tensor:
+    """Indices of this rank's share along a dimension; none without one."""
+    return torch.arange(0, device=device) if share is None else _index(layout, share, dim, device)

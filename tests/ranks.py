@@ -1,0 +1,77 @@
+"""Processes that form a distributed run, kept for a whole test session: functions of test files run on each of them."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+#: Within it a rank that waits for another one gives up; no test needs a tenth of it.
+TIMEOUT = datetime.timedelta(seconds=60)
+
+
+class Ranks:
+    """``count`` processes joined by gloo on the CPU.
+
+    Args:
+        count: how many.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._store = Path(tempfile.mkdtemp(prefix="ranks-"), "store")
+        context = mp.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(count):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, count, str(self._store), there), daemon=True)
+            process.start()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What ``function(*arguments)``, a function of a test file, returns on each rank.
+
+        Raises:
+            AssertionError: it raised on some rank, or did not end.
+        """
+        for pipe in self._pipes:
+            pipe.send((function.__module__, function.__qualname__, arguments))
+        answers = [
+            pipe.recv() if pipe.poll(TIMEOUT.total_seconds() + 30) else (False, "no answer") for pipe in self._pipes
+        ]
+        failures = [f"rank {rank}: {found}" for rank, (fine, found) in enumerate(answers) if not fine]
+        assert not failures, "\n".join(failures)
+        return [found for _, found in answers]
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _serve(rank: int, count: int, store: str, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=TIMEOUT)
+    while True:
+        try:
+            module, name, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            function = getattr(importlib.import_module(module), name)
+            pipe.send((True, function(*arguments)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
