@@ -143,12 +143,7 @@ class Queued(Sink):
 
     def _work(self) -> None:
         for records in iter(self._take, []):
-            try:
-                groups = self._group(records)
-            except BaseException as error:  # their values cannot be read
-                self._settle(len(records), error)
-                continue
-            for group in groups:
+            for group in self._group(records):
                 self._write_group(group)
         try:
             getattr(self._sink, "close", lambda: None)()
@@ -171,11 +166,16 @@ class Queued(Sink):
         groups: list[list[Record]] = []
         room = 0
         for record in records:
-            if not groups or len(record) > room:
+            try:
+                size = len(record)
+            except BaseException as error:  # its values cannot be read
+                self._settle(1, error)
+                continue
+            if not groups or size > room:
                 groups.append([])
                 room = self._sink.values_per_call
             groups[-1].append(record)
-            room -= len(record)
+            room -= size
         return groups
 
     def _write_group(self, records: Sequence[Record]) -> None:
