@@ -1,0 +1,206 @@
+"""A callback for the Hugging Face Trainer: gradients before they are clipped, in what the Trainer logs and to sinks."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normscope import tensors
+from normscope.backward import BackwardEnd
+from normscope.errors import require
+from normscope.integrations._host import Every, Sinks, checked, made, observers_for
+from normscope.monitor import Monitor
+from normscope.observer import Observer
+from normscope.record import Record
+
+_hub: Any = require("transformers.trainer_callback", "transformers")
+_TrainerCallback: Any = _hub.TrainerCallback
+
+
+class NormscopeCallback(_TrainerCallback):  # type: ignore[misc]
+    """Observes each optimizer step and adds its values to what the Trainer logs.
+
+    Gradients are read at the end of a step's last backward pass: before the clipping, which comes before all events of
+    the Trainer, and unscaled where a GradScaler is at work. Weights are seen after the step. A record has the number
+    that the step has in the Trainer's logs (``state.global_step``, from 1), also in a run that resumes. The keys are
+    the record's own; reporting integrations show them as ``train/norms/total_norm`` and so on, beside
+    ``train/loss``. The progress bar's line shows all but those of single parameters.
+
+    Args:
+        observers: what to compute; by default :class:`normscope.Norms`. Those without a schedule of their own look
+            when the Trainer logs (``logging_steps``): at the other steps nothing is computed.
+        sinks: where records go besides, from the process of rank 0 only. They are closed when ``train`` ends; a
+            function that returns sinks is called whenever it begins.
+        every_n_steps: look every so many steps, or at the steps for which a function says so, instead. The Trainer
+            then logs at these steps too.
+        context: what observers may read of the run, such as ``{"stride": 99}``.
+        report: whether values become part of what the Trainer logs, or go to the sinks only.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+        ValueError: an option is out of range.
+
+    Example:
+        >>> from normscope.integrations.transformers import NormscopeCallback
+        >>> callback = NormscopeCallback(every_n_steps=100)
+        >>> from transformers import Trainer
+        >>> trainer = Trainer(model, callbacks=[callback])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        observers: Sequence[Observer] | None = None,
+        sinks: Sinks = (),
+        *,
+        every_n_steps: Every = None,
+        context: Mapping[str, object] | None = None,
+        report: bool = True,
+    ) -> None:
+        self.observers = observers
+        self.sinks = sinks
+        self.every_n_steps = checked(every_n_steps)
+        self.context = context
+        self.report = report
+        self._handler: Any = None  # the list of callbacks in which this one comes first
+        self._monitor: Monitor | None = None
+        self._ends: BackwardEnd | None = None
+        self._unlogged: Record | None = None
+
+    def report_through(self, trainer: Any) -> None:
+        """Let a Trainer's logs have the values; needed only where the callback says that it cannot find them itself."""
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        self._come_first(trainer.callback_handler)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to watch.
+
+        Raises:
+            ValueError: the Trainer never logs, and nothing else says when to look.
+        """
+        if self._ends is not None:  # training that failed has left it
+            self._ends.remove()
+        model, accelerated = kwargs["model"], kwargs["optimizer"]
+        observers = observers_for(self._looks(args, state), self.observers)
+        self._monitor = Monitor(
+            model, observers, made(self.sinks) if state.is_world_process_zero else (), context=self.context, loop="step"
+        )
+        self._ends = BackwardEnd(model, lambda: self._read(state, accelerated))
+        self._unlogged = None
+        if self.report and self._handler is None:
+            self._find_place()
+
+    def _looks(self, args: Any, state: Any) -> Callable[[int], bool]:
+        every, strategy = self.every_n_steps, args.logging_strategy
+        if every is None and strategy == "no":
+            raise ValueError("with logging_strategy='no' NormscopeCallback needs every_n_steps")
+        latest: dict[int, bool] = {}
+
+        def due(step: int) -> bool:
+            if callable(every):
+                return bool(every(step))
+            if every is not None:
+                return step % every == 0
+            if strategy == "epoch":
+                return bool(_gradient_state().end_of_dataloader) or step >= state.max_steps
+            return bool(step % state.logging_steps == 0 or (step == 1 and args.logging_first_step))
+
+        def looks(step: int) -> bool:
+            if step not in latest:  # as it was at the first time of asking, when gradients are read
+                latest.clear()
+                latest[step] = due(step)
+            return latest[step]
+
+        return looks
+
+    def _read(self, state: Any, accelerated: Any) -> None:
+        assert self._monitor is not None
+        if _gradient_state().sync_gradients:  # the last backward pass before the optimizer's step
+            scaler = getattr(accelerated, "scaler", None)
+            scale = None if scaler is None else _scale(scaler, self._monitor.model)
+            self._monitor.read_gradients(state.global_step + 1, clip_stage="pre_clip", grad_scale=scale)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the step's record, and have the Trainer log it."""
+        step = state.global_step
+        if self._monitor is None or not any(observer.due(step) for observer in self._monitor.observers):
+            return
+        record = self._monitor.post_step(step)
+        if self.report and args.logging_strategy != "no":
+            control.should_log = True
+            self._unlogged = record if state.is_world_process_zero else None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Add the step's values to what is being logged."""
+        record, self._unlogged = self._unlogged, None
+        if record is None or logs is None or record.step != state.global_step:
+            return
+        logs.update(record)
+        if state.log_history and state.log_history[-1].get("step") == record.step:
+            state.log_history[-1].update(record)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the sinks."""
+        if self._ends is not None:
+            self._ends.remove()
+        if self._monitor is not None:
+            self._monitor.close()
+        self._ends = self._monitor = None
+
+    def _find_place(self) -> None:
+        # The Trainer hands one dict of logs from callback to callback, the reporting integrations before those of the
+        # user, and gives a callback no way to reach it or its list of callbacks. That list is in the frame that calls
+        # us; with it we move in front of the integrations, and the values are in the dict when they see it.
+        frame = sys._getframe(1)
+        while frame is not None:
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, _hub.CallbackHandler) and any(each is self for each in caller.callbacks):
+                return self._come_first(caller)
+            frame = frame.f_back  # type: ignore[assignment]
+        warnings.warn(
+            "NormscopeCallback is not in the Trainer's own list of callbacks: values go to sinks, and not into the "
+            "Trainer's logs, unless you call report_through(trainer)",
+            stacklevel=2,
+        )
+        return None
+
+    def _come_first(self, handler: Any) -> None:
+        self._handler = handler
+        callbacks = [self, *(each for each in handler.callbacks if each is not self)]
+        shows = (_hub.ProgressCallback, _hub.PrinterCallback)
+        console = next((place for place, each in enumerate(callbacks) if isinstance(each, shows)), None)
+        if console is not None:
+            callbacks.insert(console, _Shortening())
+        handler.callbacks = callbacks  # a new list: the handler may be on its way through the old one
+
+
+class _Shortening(_TrainerCallback):  # type: ignore[misc]
+    """Takes what is about single parameters off the logs, before the line for the console is made of them."""
+
+    def __init__(self) -> None:
+        self._single: dict[str, bool] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs is None:
+            return
+        new = [key for key in logs if key not in self._single]
+        if new:
+            names = tuple(tensors.parameters(kwargs["model"]).names)
+            self._single |= {key: "/" in key and key.endswith(names) for key in new}
+        for key in [key for key in logs if self._single[key]]:
+            del logs[key]
+
+
+def _gradient_state() -> Any:
+    return require("accelerate.state", "transformers").GradientState()
+
+
+def _scale(scaler: Any, model: nn.Module) -> Tensor:
+    """What gradients are multiplied by; the public way to it that waits for no device."""
+    scale: Tensor = scaler.scale(torch.ones((), device=next(model.parameters()).device))
+    return scale
