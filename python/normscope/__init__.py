@@ -3,7 +3,8 @@
 from importlib import import_module as _import_module
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
-from types import ModuleType as _ModuleType
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from normscope import sinks
 from normscope.errors import NormscopeError
@@ -20,16 +21,21 @@ from normscope.spectra.estimate import SpectrumEstimate, estimate_spectrum
 from normscope.spectra.top import TopSingularValues, TopState, top_singular_value
 from normscope.trajectory import Trajectory, norm_trajectory
 
+if _TYPE_CHECKING:
+    from normscope.integrations.watch import unwatch, watch
+
 try:
     __version__ = _version("normscope")
 except _PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 
-def __getattr__(name: str) -> _ModuleType:
-    """``ns.doctor`` and ``ns.grokking``, imported when they are first asked for."""
+def __getattr__(name: str) -> _Any:
+    """``ns.doctor``, ``ns.grokking`` and ``ns.watch``, imported when they are first asked for."""
     if name in ("doctor", "grokking"):
         return _import_module(f"normscope.{name}")
+    if name in ("watch", "unwatch"):
+        return getattr(_import_module("normscope.integrations.watch"), name)
     raise AttributeError(f"module 'normscope' has no attribute {name!r}")
 
 
@@ -63,5 +69,7 @@ __all__ = [
     "sinks",
     "token_gradient",
     "top_singular_value",
+    "unwatch",
+    "watch",
     "weight_tracking",
 ]
