@@ -41,7 +41,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
         "trajectory",
         "trajectory_plot",
     ),
-    ("observers", "shared_pass", "following"),
+    ("observers", "shared_pass", "following", "distributed"),
     ("monitor",),
     ("integrations", "grokking", "doctor"),
     ("cli",),
@@ -66,6 +66,9 @@ OPTIONAL = (
     "mlflow",
     "trackio",
     "accelerate",
+    "lightning",
+    "pytorch_lightning",
+    "transformers",
 )
 #: The public names that a reader of the design expects, as far as they exist in this version.
 PUBLIC = (
