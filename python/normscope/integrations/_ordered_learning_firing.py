@@ -133,7 +133,8 @@ def _held(ctx: object) -> Callable[[], object]:
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr() if tensor.layout is torch.strided else 0
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return tensor.data_ptr() if plain else 0
 
 
 class SharedRead:
