@@ -36,6 +36,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
         "pending",
         "accumulate",
         "backward",
+        "together",
         "unchanged",
         "functional",
         "trajectory",

@@ -31,8 +31,8 @@ except _PackageNotFoundError:  # a source tree that was never installed
 
 
 def __getattr__(name: str) -> _Any:
-    """``ns.doctor``, ``ns.grokking`` and ``ns.watch``, imported when they are first asked for."""
-    if name in ("doctor", "grokking"):
+    """``ns.distributed``, ``ns.doctor``, ``ns.grokking`` and ``ns.watch``, imported when they are first asked for."""
+    if name in ("distributed", "doctor", "grokking"):
         return _import_module(f"normscope.{name}")
     if name in ("watch", "unwatch"):
         return getattr(_import_module("normscope.integrations.watch"), name)

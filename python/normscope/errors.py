@@ -40,6 +40,10 @@ class RanksDifferError(NormscopeError, RuntimeError):
     """The ranks of a distributed run do not hold the same tensors; the message names those that differ."""
 
 
+class SelfCheckError(NormscopeError, RuntimeError):
+    """What the ranks of a distributed run found together is not what the whole tensors give."""
+
+
 class ObserverError(NormscopeError, RuntimeError):
     """An observer or intervention failed; the message names it."""
 

@@ -13,13 +13,14 @@ from normscope import tensors
 from normscope.accumulate import GradientMean
 from normscope.errors import NoGradientError
 from normscope.following import Following, GradScaler, Manner
-from normscope.observer import GradientSource, Intervention, LoopKind, Observer, View
+from normscope.observer import GradientSource, Intervention, LoopKind, Observer, View, check_parts
 from normscope.observers import SHIPPED
 from normscope.outlets import AnySink, close_each, write_to_each
 from normscope.pending import Parts, make_record
 from normscope.record import ClipStage, LifecyclePoint, Record
 from normscope.shared_pass import Readings, naming_errors, read_gradients, show
 from normscope.tensors import TensorList
+from normscope.together import ProcessGroup, Together
 from normscope.unchanged import difference, state_of
 
 
@@ -43,6 +44,11 @@ class Monitor:
             points the observers fire.
         interventions: things that do change the model; at a point they act before the observers look.
         optimizer: see :meth:`attach`.
+        process_group: of a distributed run the ranks that hold the same parameters, or parts of them, by default all.
+            Where parameters are sharded (DTensors) every rank must call the monitor. Others are taken to be the same
+            everywhere and need no communication, unless a group is given.
+        every_rank_writes: of a distributed run, whether each rank writes to its sinks, not the first alone.
+        self_check: whether what ranks find together is compared, the first time, with the same from ``full_tensor()``.
 
     Raises:
         TypeError: an observer or intervention is something else, such as the class instead of an instance.
@@ -67,20 +73,13 @@ class Monitor:
         loop: LoopKind = "epoch",
         interventions: Sequence[Intervention] = (),
         optimizer: torch.optim.Optimizer | None = None,
+        process_group: ProcessGroup | None = None,
+        every_rank_writes: bool = False,
+        self_check: bool = False,
     ) -> None:
         if loop not in ("epoch", "step"):
             raise ValueError(f"loop must be 'epoch' or 'step', got {loop!r}")
-        for kind, parts in ((Observer, observers), (Intervention, interventions)):
-            strangers = [part for part in parts if not isinstance(part, kind)]
-            if strangers:
-                raise TypeError(f"{strangers[0]!r} is not an instance of normscope.{kind.__name__}")
-        watching: tuple[Observer | Intervention, ...] = (*observers, *interventions)
-        names = [part.name for part in watching]
-        for part in watching:
-            if names.count(part.name) > 1:
-                raise ValueError(f"two observers or interventions are called {part.name!r}; give one another name")
-            if loop not in part.points:
-                raise ValueError(f"{part.name!r} does not fit loop={loop!r}, only {', '.join(map(repr, part.points))}")
+        check_parts(observers, interventions, loop)
         self.model = model
         self.observers = tuple(observers)
         self.interventions = tuple(interventions)
@@ -93,6 +92,7 @@ class Monitor:
         self._mean = GradientMean(model) if wants_mean else None
         self._following = Following(model, self, self._mean)
         self._early: _Early | None = None
+        self._together = Together(process_group, every_rank_writes, self_check)
         if optimizer is not None:
             self.attach(optimizer)
 
@@ -114,7 +114,6 @@ class Monitor:
         those of the others.
 
         Args:
-            optimizer: the optimizer.
             clip_stage: ``"post_clip"`` reads the gradients as the step begins, ``"pre_clip"`` at the end of each
                 backward pass, the last one before the step counting. Either way they are unscaled: of an optimizer
                 to which GradScaler leaves that, by what it sets as ``optimizer.grad_scale``.
@@ -161,7 +160,7 @@ class Monitor:
         readers = [each for each in self._due(point, step) if each.reads.gradients == "current"]
         if not readers:
             return
-        with torch.no_grad():
+        with self._together.working():
             parameters = tensors.parameters(self.model)
             views = [self._view(point, step, parameters) for _ in readers]
             readings = read_gradients(readers, views, parameters, self._gradients, clip_stage, grad_scale)
@@ -231,12 +230,13 @@ class Monitor:
             if not interventions and not observers and values is None:
                 return None
             parts = Parts()
-            with torch.no_grad():
+            with self._together.working():
                 self._intervene(interventions, point, step, parts)
                 self._observe(observers, point, step, parts, clip_stage)
             parts.add("", values or {})
             record = make_record(step, point, parts)
-            write_to_each(self.sinks, record)
+            if self._together.writes:
+                write_to_each(self.sinks, record)
             return record
         finally:
             if self._mean is not None and point is LifecyclePoint.POST_EPOCH:
@@ -267,6 +267,7 @@ class Monitor:
         early = self._taken_early(observers, point, step)
         readings = early or read_gradients(observers, views, parameters, self._gradients, clip_stage)
         show(observers, views, parameters, readings, parts, weights_are_current=early is None)
+        self._together.checked()
         for observer, view in zip(observers, views, strict=True):
             trusted = type(observer) in SHIPPED
             before = None if trusted else state_of(self.model, parameters)

@@ -188,3 +188,23 @@ class Intervention(Scheduled, ABC):
     @abstractmethod
     def apply(self, view: View) -> Mapping[str, float | Tensor] | None:
         """Change ``view.model`` in place; return values worth recording, if any."""
+
+
+def check_parts(observers: Sequence[Observer], interventions: Sequence[Intervention], loop: LoopKind) -> None:
+    """Check what is to watch a loop.
+
+    Raises:
+        TypeError: something is neither an observer nor an intervention.
+        ValueError: two have one name, or one does not fit the loop.
+    """
+    for kind, parts in ((Observer, observers), (Intervention, interventions)):
+        strangers = [part for part in parts if not isinstance(part, kind)]
+        if strangers:
+            raise TypeError(f"{strangers[0]!r} is not an instance of normscope.{kind.__name__}")
+    watching: tuple[Observer | Intervention, ...] = (*observers, *interventions)
+    names = [part.name for part in watching]
+    for part in watching:
+        if names.count(part.name) > 1:
+            raise ValueError(f"two observers or interventions are called {part.name!r}; give one another name")
+        if loop not in part.points:
+            raise ValueError(f"{part.name!r} does not fit loop={loop!r}, only {', '.join(map(repr, part.points))}")

@@ -10,7 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from normscope import tensors
+from normscope import ops, tensors
 from normscope.metrics.values import Values, vector
 from normscope.metrics.weight_tracking import (
     Column,
@@ -173,6 +173,10 @@ class WeightTracking(Observer):
             and self._known[name].parameter() is view.parameters[name]
             and self._known[name].state == states[name]
         ]
+        held = [view.parameters[name] for name in matrices]
+        if ops.in_ranks(held):  # which spectra are computed is for all ranks to know
+            changed = ops.on_some_rank([name not in same for name in matrices], held)
+            same = [name for name, is_changed in zip(matrices, changed, strict=True) if not is_changed]
         if not same:
             return set()
         assert self._squares is not None
@@ -185,6 +189,7 @@ class WeightTracking(Observer):
 def _state(parameter: Tensor) -> tuple[object, ...]:
     """What differs when a parameter's values lie elsewhere or were written to; never equal for inference tensors, whose
     writes PyTorch does not count."""
+    parameter = ops.local_part(parameter)
     version: object = object() if parameter.is_inference() else parameter._version
     return parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype, parameter.device, version
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from normscope.errors import UnsupportedTensorError
 from normscope.ops import backends, sharded_pass, sharded_spectra, spectra
 from normscope.ops.contract import OrderStatistics, Spectrum
-from normscope.ops.sharded_agreement import Agreement, agree
-from normscope.ops.sharded_exchange import chosen_group
-from normscope.ops.sharded_layout import any_sharded, dtensors_exist, is_sharded
+from normscope.ops.sharded_agreement import Agreement, agree, on_some_rank
+from normscope.ops.sharded_check import self_check
+from normscope.ops.sharded_exchange import chosen_group, process_group
+from normscope.ops.sharded_layout import any_sharded, dtensors_exist, is_sharded, local_part
 from normscope.stats import Energies, Stats, joined
 
 __all__ = [
@@ -22,15 +23,21 @@ __all__ = [
     "OrderStatistics",
     "Spectrum",
     "agree",
+    "any_sharded",
     "backends",
     "fused_pass",
     "fused_pass_over_ranks",
     "gram_products",
     "grams",
     "in_ranks",
+    "is_sharded",
+    "local_part",
+    "on_some_rank",
     "order_statistics",
+    "process_group",
     "ranks_possible",
     "row_energies",
+    "self_check",
     "singular_values",
 ]
 

@@ -14,6 +14,8 @@ from normscope.errors import RanksDifferError
 from normscope.ops.sharded_exchange import Exchange, count
 from normscope.ops.sharded_layout import Coordinates, Layout, coordinates_of, is_sharded, layout_of
 
+HEADER_BYTES = 24  # what ranks exchange to see that they still agree
+
 _MOST_KNOWN = 16
 _MOST_NAMED = 5  # tensors that an error lists for each rank
 
@@ -102,6 +104,12 @@ def agree(
         if len(_known) > _MOST_KNOWN:
             _known.popitem(last=False)
     return _known[key]
+
+
+def on_some_rank(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:
+    """For each flag whether it is set on some rank; every rank must call with as many, about tensors like these."""
+    found = Exchange().largest_numbers([int(flag) for flag in flags], _device(tensors), "header")
+    return [bool(flag) for flag in found]
 
 
 def _device(tensors: Sequence[Tensor | None]) -> torch.device:

@@ -12,6 +12,7 @@ from torch import Tensor
 from normscope.errors import UnsupportedTensorError
 from normscope.ops.contract import DTYPES, check_weights
 from normscope.ops.sharded_agreement import Agreement
+from normscope.ops.sharded_check import check_pass, checking
 from normscope.ops.sharded_exchange import Exchange, count
 from normscope.ops.sharded_layout import indices, is_sharded, layout_of, local_part, settled
 from normscope.sending import sent
@@ -103,7 +104,10 @@ def fused_pass(
     marked = {mine.index(index): index for index, _ in plan.tables if index in mine}
     check_weights(gradients, beside)
     stats = read(gradients, None if weights is None else beside, tuple(marked))
-    return _completed(agreement, plan, stats, mine, {table: stats.energies[place] for place, table in marked.items()})
+    found = _completed(agreement, plan, stats, mine, {table: stats.energies[place] for place, table in marked.items()})
+    if checking():
+        check_pass(agreement, tensors, weights, found, lambda g, w, rows: read([g], [w], (0,) if rows else ()))
+    return found
 
 
 def _settled(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from normscope.ops.contract import Spectrum, as_matrix
 from normscope.ops.sharded_agreement import Agreement, Share, agree
+from normscope.ops.sharded_check import check_values, checking, whole
 from normscope.ops.sharded_exchange import Exchange
 from normscope.ops.sharded_layout import Layout, indices, local_part, part_shape, settled
 from normscope.ops.spectra import values_of_gram
 from normscope.sending import sent
 
+_ABOUT = 3  # numbers that say how a spectrum was found: whether at all, by which method, after a failure
 _METHODS = ("gram", "refined", "svd", "nonfinite", "failed")
 _BLOCK = 1 << 22  # float64 elements of a part that are converted at once
 
@@ -78,6 +81,18 @@ def plan_spectra(
     return [routes[index] for index in range(len(layouts))]
 
 
+def told_bytes(sizes: Sequence[int]) -> int:
+    """Bytes with which ranks tell each other spectra of so many values."""
+    return sum(8 * (size + _ABOUT) for size in sizes)
+
+
+def matrix_layout(layout: Layout) -> Layout:
+    """The layout of a tensor as a matrix, first dimension x product of the rest."""
+    rows, *rest = layout.shape
+    splits = tuple(split if split.dim == 0 else split._replace(dim=1) for split in layout.splits)
+    return Layout((rows, math.prod(rest)), splits)
+
+
 def _cost(layout: Layout) -> float:
     rows, columns = layout.shape
     return float(rows) * columns * min(rows, columns) + 10.0 * min(rows, columns) ** 3
@@ -93,14 +108,18 @@ def singular_values(matrices: Sequence[Tensor], compute: LocalSpectra) -> list[S
     """
     held = [settled(as_matrix(index, matrix)) for index, matrix in enumerate(matrices)]
     agreement = agree([f"matrix {index}" for index in range(len(held))], held)
-    whole = [[rank for share in shares for rank in share.holders] for shares in agreement.shares]
-    routes = plan_spectra(agreement.layouts, agreement.dtypes, agreement.ranks, whole)
+    holders = [[rank for share in shares for rank in share.holders] for shares in agreement.shares]
+    routes = plan_spectra(agreement.layouts, agreement.dtypes, agreement.ranks, holders)
     spread = _Spread(agreement, held, compute)
     found = spread.spectra(dict(enumerate(routes)))
     again = {
         index: Route(route.owner, "gather", route.side, 0) for index, route in enumerate(routes) if index not in found
     }
     found |= spread.spectra(again) if again else {}
+    if checking():
+        for index, matrix in enumerate(held):
+            expected = compute([whole(matrix)])[0].values
+            check_values(f"singular values of matrix {index}", found[index].values, expected)
     return [found[index]._replace(values=sent(found[index].values, held[index].device)) for index in range(len(held))]
 
 
@@ -167,7 +186,7 @@ class _Spread:
         device = self._agreement.device
         rows = []
         for index, size in zip(order, sizes, strict=True):
-            row = torch.zeros(size + 3, dtype=torch.float64, device=device)
+            row = torch.zeros(size + _ABOUT, dtype=torch.float64, device=device)
             spectrum = mine.get(index)
             if spectrum is not None:
                 about = torch.tensor([1.0, _METHODS.index(spectrum.method), spectrum.fallback], dtype=torch.float64)
@@ -175,10 +194,10 @@ class _Spread:
             rows.append(row)
         told = self._exchange.summed(torch.cat(rows), "values")
         found = {}
-        for index, row in zip(order, torch.split(told, [size + 3 for size in sizes]), strict=True):
-            known, method, fallback = row[-3:].tolist()
+        for index, row in zip(order, torch.split(told, [size + _ABOUT for size in sizes]), strict=True):
+            known, method, fallback = row[-_ABOUT:].tolist()
             if known:
-                found[index] = Spectrum(row[:-3].clone(), _METHODS[int(method)], bool(fallback))
+                found[index] = Spectrum(row[:-_ABOUT].clone(), _METHODS[int(method)], bool(fallback))
         return found
 
 

@@ -284,7 +284,8 @@ def _exact(matrices: list[Tensor]) -> list[Top]:
         value = float(values[0])
         anchor = (value, value * (1.0 - _EXACT_TOP), value * (1.0 + _EXACT_TOP))
         memory = None
-        if min(matrix.shape) > SMALL and _NORMS[0] < value < _NORMS[1]:
+        # Of a sharded matrix no reference is kept: its exact spectrum is spread over the ranks as it is.
+        if not ops.is_sharded(matrix) and min(matrix.shape) > SMALL and _NORMS[0] < value < _NORMS[1]:
             rounded_up = np.zeros(COMPARED + 1)
             rounded_up[: len(values)] = values + _EXACT_OTHERS * value
             memory = Memory(matrix.clone(), anchor, rounded_up)
