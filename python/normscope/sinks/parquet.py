@@ -53,6 +53,8 @@ class Parquet(Sink):
         [{'step': 10, 'key': 'norms/total_norm', 'value': 0.1}, {'step': 10, 'key': 'task/loss', 'value': nan}]
     """
 
+    _reserved = JSONL._reserved  # the journal's
+
     def __init__(
         self, path: str | os.PathLike[str], *, rows_per_part: int = 1 << 18, keep_until: int | None = None
     ) -> None:
@@ -63,8 +65,8 @@ class Parquet(Sink):
         text, number = self._arrow.string(), self._arrow.int64()
         types = (number, text, text, text, self._arrow.float64())
         self._schema = self._arrow.schema(list(zip(_COLUMNS, types, strict=True)))
-        self._rows: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
         self._rows_per_part = rows_per_part
+        self._forget_rows()
         self._folder = Path(path)
         self._folder.mkdir(parents=True, exist_ok=True)
         for part in self._folder.glob("part-*.parquet"):
@@ -97,7 +99,7 @@ class Parquet(Sink):
     def _begin_part(self) -> None:
         number = 1 + max((int(part.stem[5:]) for part in self._folder.glob("part-*.parquet")), default=-1)
         # The journal has the name of the part it becomes, so that one whose part is there is known to be done with.
-        # Readers of folders leave out files whose name begins with a dot.
+        # pandas leaves out files whose name begins with a dot.
         self._journal_path = self._folder / f".part-{number:05d}.jsonl"
         self._journal = JSONL(self._journal_path)
 
@@ -113,10 +115,18 @@ class Parquet(Sink):
 
     def _add(self, record: Record) -> None:
         found = {**record, **{_NONFINITE + name: float(n) for name, n in record.nonfinite_parameters.items()}}
-        self._rows["key"] += found.keys()
+        self._rows["key"] += map(self._code, found)
         self._rows["value"] += found.values()
-        for name, value in (("step", record.step), ("point", record.point.value), ("clip_stage", record.clip_stage)):
+        stage = None if record.clip_stage is None else self._code(record.clip_stage)
+        for name, value in (("step", record.step), ("point", self._code(record.point.value)), ("clip_stage", stage)):
             self._rows[name] += [value] * len(found)
+
+    def _code(self, text: str) -> int:
+        return self._codes.setdefault(text, len(self._codes))
+
+    def _forget_rows(self) -> None:
+        self._rows: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+        self._codes: dict[str, int] = {}  # of texts: a part would take three times as long to make of the texts
 
     def _end_part(self) -> None:
         self._write_part(self._journal_path)
@@ -126,21 +136,32 @@ class Parquet(Sink):
     def _write_part(self, journal: Path) -> None:
         """Write the rows in memory as the part that belongs to ``journal``."""
         if self._rows["step"]:
-            self._replace(_part_of(journal), self._arrow.table(self._rows, schema=self._schema))
-            self._rows = {name: [] for name in _COLUMNS}
+            texts = self._arrow.array(list(self._codes), self._arrow.string())
+            columns = [self._column(name, texts) for name in _COLUMNS]
+            self._replace(_part_of(journal), self._arrow.table(columns, names=list(_COLUMNS)))
+            self._forget_rows()
+
+    def _column(self, name: str, texts: Any) -> Any:
+        if name in ("step", "value"):
+            return self._arrow.array(self._rows[name], self._schema.field(name).type)
+        codes = self._arrow.array(self._rows[name], self._arrow.int32())
+        return self._arrow.DictionaryArray.from_arrays(codes, texts)
 
     def _replace(self, part: Path, table: Any) -> None:
         """Make ``table`` the content of ``part``: whoever looks sees the old content or the new one."""
         new = part.with_name(f".{part.stem}.new")
         with open(new, "wb") as file:
-            # Few values of a metric are equal, so that a dictionary of them would only take time.
-            self._parquet.write_table(table, file, compression="zstd", use_dictionary=list(_COLUMNS[:-1]))
+            # Few values are equal, so that a dictionary of them would only take time. Without its own schema in the
+            # file, arrow reads the texts as what Parquet calls them, strings.
+            dictionaries = list(_COLUMNS[:-1])
+            self._parquet.write_table(table, file, compression="zstd", use_dictionary=dictionaries, store_schema=False)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, part)
 
     def _drop_after(self, part: Path, step: int) -> None:
-        table = self._parquet.read_table(part)
+        with self._parquet.ParquetFile(part) as file:  # read_table() would take folders such as lr=0.1 for columns
+            table = file.read()
         kept = table.filter(require("pyarrow.compute", "parquet").less_equal(table["step"], step))
         if not kept.num_rows:
             part.unlink()
