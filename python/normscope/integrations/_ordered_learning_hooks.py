@@ -14,9 +14,9 @@ from normscope.errors import NoGradientError, NormscopeError
 from normscope.integrations._ordered_learning_firing import Firing, SharedRead
 from normscope.metrics.norms import norms
 from normscope.metrics.token_gradient import TokenGradientOptions, token_gradient
-from normscope.metrics.values import vector
+from normscope.metrics.values import Number, joined, vector
 from normscope.metrics.weight_tracking import Column, WeightTrackingOptions, exact_spectra, weight_tracking
-from normscope.reading import complete, naming, picked, weights_beside
+from normscope.reading import named_pass, naming, picked
 from normscope.tensors import TensorList
 
 #: name, description, formula, sign_info, label: the framework's ``MetricInfo``.
@@ -165,21 +165,25 @@ class WeightTrackingHook(Hook):
         names = list(chosen)
         if not names:
             return {}
-        read, cosines = [], Column((), [])
+        norms: dict[str, Number] = {}
+        cosines = Column((), [])
         if any(name in chosen for name in self.gradients(firing).names):
             gradients, stats = self.shared.of(self, firing)
             rows = [index for index, name in enumerate(gradients) if name in chosen]
-            with_gradient = [gradients[row] for row in rows]
-            read = [weights_beside(gradients, stats).of(with_gradient)]
-            cosines = Column(with_gradient, vector(picked(stats.cosines(), rows)))
-        norms = complete(read, names, chosen).norms
+            beside = [gradients[row] for row in rows]
+            norms.update(zip(beside, vector(picked(stats.roots("weight_squares"), rows)), strict=True))
+            cosines = Column(beside, vector(picked(stats.cosines(), rows)))
+        rest = [name for name in names if name not in norms]
+        if rest:
+            alone = named_pass(TensorList(rest, [chosen[name] for name in rest]))
+            norms.update(zip(rest, vector(alone.roots("sum_squares")[:-1]), strict=True))
         # The published code meets an error in the spectrum of anything but a matrix, and goes on without it.
         matrices = [n for n in names if (chosen[n].dim() == 2 if self.published else chosen[n].dim() >= 2)]
         with naming(matrices):
             spectra = exact_spectra([chosen[name] for name in matrices], self._options)
         found = weight_tracking(
-            Column(names, vector(norms)),
-            cosines if cosines.names else Column((), vector(norms[:0])),
+            Column(names, joined([norms[name] for name in names])),
+            cosines if cosines.names else Column((), joined([norms[names[0]]])[:0]),
             dict(zip(matrices, spectra, strict=True)),
             self._options,
             asked=("top_sv", "effective_rank") if matrices or not self.published else (),
