@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import doctest
-import importlib
+import importlib.util
 import json
 import math
 import os
+import re
 import struct
 import sys
 from collections.abc import Iterator, Sequence
@@ -369,3 +370,22 @@ def test_missing_extras_are_named(service: str, monkeypatch: pytest.MonkeyPatch)
 def test_examples_run(module: str) -> None:
     pytest.importorskip(module.removesuffix("_run") if module.endswith("_run") else "normscope")
     assert doctest.testmod(importlib.import_module(f"normscope.sinks.{module}")).failed == 0
+
+
+def test_page_runs(tmp_path: Path) -> None:
+    """The Python of docs/sinks.md, as it stands there."""
+    pytest.importorskip("wandb")
+    page = (Path(__file__).parents[1] / "docs" / "sinks.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    has_pandas = importlib.util.find_spec("pandas") is not None
+    model = """
+import os, torch
+from torch import nn
+os.chdir(sys.argv[1])
+model = nn.Linear(2, 1)
+def train_one_epoch():
+    model(torch.ones(1, 2)).sum().backward()
+"""
+    script = f"import sys; sys.argv.append({str(tmp_path)!r})\n{model}\n{first}\n{second if has_pandas else ''}"
+    run_python(script, WANDB_MODE="disabled")
+    assert (tmp_path / "run" / "part-00000.parquet").exists() or not has_pandas
