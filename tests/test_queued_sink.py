@@ -85,7 +85,7 @@ def test_write_takes_microseconds_while_the_service_hangs(service: Service, no_w
         times.append(time.perf_counter() - start)
     assert service.steps == []
     assert statistics.median(times) < 100e-6
-    assert sum(times) < 1.0
+    assert sum(times) < 5.0
     service.up.set()
     sink.close()
     assert service.steps == list(range(2_000))
