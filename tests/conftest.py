@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # The SVDs that results are compared with would otherwise keep threads spinning beside PyTorch's own.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch
+from ranks import Ranks
 
 from normscope import _core
 
@@ -45,3 +46,18 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """Distributed runs of so many processes, each started when it is first asked for."""
+    started: dict[int, Ranks] = {}
+
+    def of(count: int) -> Ranks:
+        if count not in started:
+            started[count] = Ranks(count)
+        return started[count]
+
+    yield of
+    for run in started.values():
+        run.close()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 #: Within it a rank that waits for another one gives up; no test needs a tenth of it.
-TIMEOUT = datetime.timedelta(seconds=60)
+TIMEOUT = datetime.timedelta(seconds=20)
 
 
 class Ranks:
@@ -28,7 +28,11 @@ class Ranks:
     """
 
     def __init__(self, count: int) -> None:
-        self._store = Path(tempfile.mkdtemp(prefix="ranks-"), "store")
+        self._count = count
+        self._start()
+
+    def _start(self) -> None:
+        count, self._store = self._count, Path(tempfile.mkdtemp(prefix="ranks-"), "store")
         context = mp.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
@@ -48,9 +52,12 @@ class Ranks:
         for pipe in self._pipes:
             pipe.send((function.__module__, function.__qualname__, arguments))
         answers = [
-            pipe.recv() if pipe.poll(TIMEOUT.total_seconds() + 30) else (False, "no answer") for pipe in self._pipes
+            pipe.recv() if pipe.poll(TIMEOUT.total_seconds() + 60) else (False, "no answer") for pipe in self._pipes
         ]
         failures = [f"rank {rank}: {found}" for rank, (fine, found) in enumerate(answers) if not fine]
+        if failures:  # ranks that did not end alike are of no more use to each other
+            self.close()
+            self._start()
         assert not failures, "\n".join(failures)
         return [found for _, found in answers]
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
+
+from normscope import ops
 
 
 class BackwardEnd:
@@ -16,7 +19,7 @@ class BackwardEnd:
 
     The autograd engine runs the call after everything that the pass itself does, the all-reduce of
     DistributedDataParallel and the reduce-scatter of ``fully_shard`` included. Where activation checkpointing nests
-    backward passes, each of them ends with a call, the outermost last.
+    backward passes, each of them ends with a call, the outermost last. It calls for as long as it is held.
 
     Args:
         model: the model.
@@ -34,18 +37,15 @@ class BackwardEnd:
     def __init__(self, model: nn.Module, act: Callable[[], object]) -> None:
         self._act = act
         self._awaited: set[int] = set()  # backward passes under way whose end was asked for
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # PyTorch's garbage collection does not see what hooks of a tensor hold on to.
+        hook = _Hook(ref(self))
         self._hooks: list[Any] = [
-            parameter.register_post_accumulate_grad_hook(lambda _: self._await())  # type: ignore[no-untyped-call]
-            for parameter in parameters
+            parameter.register_post_accumulate_grad_hook(hook.on_gradient)  # type: ignore[no-untyped-call]
+            for parameter in model.parameters()
+            if parameter.requires_grad
         ]
-        # fully_shard sets the gradients of sharded parameters itself, past their hooks.
-        self._hooks.append(model.register_forward_hook(lambda _model, _inputs, outputs: self._watch(outputs)))
-
-    def _watch(self, outputs: object) -> None:
-        for output in tree_leaves(outputs):
-            if isinstance(output, Tensor) and output.requires_grad:
-                output.register_hook(lambda _: self._await())  # type: ignore[no-untyped-call]
+        if ops.any_sharded(model.parameters()):  # fully_shard sets their gradients itself, past such hooks
+            self._hooks.append(model.register_forward_hook(hook))
 
     def _await(self) -> None:
         task = torch._C._current_graph_task_id()
@@ -62,6 +62,30 @@ class BackwardEnd:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+class _Hook:
+    """Waits for the end of a backward pass that it is called in, for one that may be gone; a copy waits for none."""
+
+    def __init__(self, owner: Callable[[], BackwardEnd | None]) -> None:
+        self._owner = owner
+
+    def on_gradient(self, _: Tensor) -> None:
+        owner = self._owner()
+        if owner is not None:
+            owner._await()
+
+    def __call__(self, _model: nn.Module, _inputs: object, outputs: object) -> None:
+        for output in tree_leaves(outputs):
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(self.on_gradient)  # type: ignore[no-untyped-call]
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[Callable[[], None]]]:
+        return _Hook, (_nobody,)
+
+
+def _nobody() -> None:
+    return None
 
 
 def _at_end(call: Callable[[], None]) -> None:

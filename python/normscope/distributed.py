@@ -14,9 +14,9 @@ from normscope import tensors
 from normscope.ops.sharded_agreement import HEADER_BYTES
 from normscope.ops.sharded_check import self_check
 from normscope.ops.sharded_exchange import counted_bytes, process_group
-from normscope.ops.sharded_layout import Layout, Split, is_sharded, layout_of
+from normscope.ops.sharded_layout import Layout, Split, is_sharded, layout_of, matrix_layout
 from normscope.ops.sharded_pass import plan_pass
-from normscope.ops.sharded_spectra import matrix_layout, plan_spectra, told_bytes
+from normscope.ops.sharded_spectra import plan_spectra, told_bytes
 
 __all__ = ["PlannedBytes", "counted_bytes", "planned_bytes", "process_group", "self_check"]
 
@@ -56,7 +56,7 @@ def planned_bytes(model: nn.Module, ranks: int, *, embedding: str | nn.Module | 
         ...     model = torch.nn.Sequential(torch.nn.Embedding(50257, 768), torch.nn.Linear(768, 768))
         >>> planned = ns.distributed.planned_bytes(model, ranks=8, embedding="0")
         >>> planned.norms, planned.tokens
-        (144, 402056)
+        (152, 402056)
     """
     found = tensors.parameters(model)
     layouts = [_layout(parameter, ranks) for parameter in found.tensors]

@@ -15,7 +15,7 @@ from normscope.metrics.token_gradient import token_gradient as token_gradient_va
 from normscope.metrics.values import vector
 from normscope.metrics.weight_tracking import Column, EffectiveRank, Spectral, WeightTrackingOptions, exact_spectra
 from normscope.metrics.weight_tracking import weight_tracking as weight_tracking_values
-from normscope.reading import complete, naming, prepared, weights_beside
+from normscope.reading import complete, naming, prepared
 from normscope.tensors import Patterns, TensorList
 
 __all__ = ["norms", "singular_values", "token_gradient", "weight_tracking"]
@@ -154,7 +154,7 @@ def weight_tracking(
     )
     with_gradient = gradient_pass.names
     stats = gradient_pass.make([weights[name] for name in with_gradient])
-    norms = vector(complete([weights_beside(with_gradient, stats)], chosen, weights).norms)
+    norms = vector(complete([gradient_pass.weights_beside(stats)], chosen, weights).norms)
     matrices = [name for name in chosen if weights[name].dim() >= 2]
     spectra: dict[str, Spectral] = {}
     if spectrum == "exact":

@@ -45,6 +45,15 @@ class NamedPass(NamedTuple):
                 return ops.fused_pass_over_ranks(self.agreement, self.tensors, weights, tables)
             return ops.fused_pass(cast(Sequence[Tensor], self.tensors), weights, tables)
 
+    def weights_beside(self, stats: Stats) -> WeightView:
+        """The weights that :meth:`make` read beside gradients: all of each that is listed."""
+        agreement = self.agreement
+        read = weights_beside(self.names, stats)
+        if agreement is None:
+            return read
+        # Beside a gradient that some rank lacks, that rank has not read its part of the weight.
+        return read.of([name for index, name in enumerate(self.names) if agreement.is_complete(index)])
+
 
 def prepared(find: Callable[[], TensorList], all_parameters: Callable[[], TensorList]) -> NamedPass:
     """The pass over gradients, or weights, of these parameters.

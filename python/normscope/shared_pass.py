@@ -12,7 +12,7 @@ from normscope.errors import NormscopeError, ObserverError
 from normscope.metrics.values import Number, Values, joined, larger, vector
 from normscope.observer import GradientSource, GradientView, Observer, View
 from normscope.pending import Parts
-from normscope.reading import WeightView, complete, prepared, weights_beside
+from normscope.reading import WeightView, complete, prepared
 from normscope.record import ClipStage, LifecyclePoint
 from normscope.tensors import TensorList
 
@@ -88,7 +88,7 @@ def read_gradients(
         stats = gradients.make(beside, tables)
         if scale is not None and source == "current":
             stats = stats.divided(scale)
-        weights = None if beside is None else weights_beside(gradients.names, stats)
+        weights = None if beside is None else gradients.weights_beside(stats)
         readings[source] = GradientReading(GradientView(gradients.names, stats), weights, clip_stage)
     return readings
 

@@ -128,8 +128,8 @@ def check_readable(index: int, tensor: Tensor) -> None:
         raise UnsupportedTensorError(index, "a tensor on the meta device holds no data")
 
 
-def as_matrix(index: int, tensor: Tensor) -> Tensor:
-    """The tensor as a matrix, first dimension x product of the rest, detached; a view where its strides allow.
+def check_matrix(index: int, tensor: Tensor) -> None:
+    """Check that the tensor has a spectrum.
 
     Raises:
         UnsupportedTensorError: a dtype or layout that no backend reads.
@@ -140,6 +140,15 @@ def as_matrix(index: int, tensor: Tensor) -> Tensor:
         raise UnsupportedTensorError(index, "the spectrum of a sparse matrix is that of its to_dense()")
     if tensor.dim() < 2:
         raise ValueError(f"matrix {index} has {tensor.dim()} dimensions; singular values need at least 2")
+
+
+def as_matrix(index: int, tensor: Tensor) -> Tensor:
+    """The tensor as a matrix, first dimension x product of the rest, detached; a view where its strides allow.
+
+    Raises:
+        UnsupportedTensorError, ValueError: see :func:`check_matrix`.
+    """
+    check_matrix(index, tensor)
     tensor = tensor.detach()
     return tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
 

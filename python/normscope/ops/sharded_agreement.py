@@ -14,7 +14,7 @@ from normscope.errors import RanksDifferError
 from normscope.ops.sharded_exchange import Exchange, count
 from normscope.ops.sharded_layout import Coordinates, Layout, coordinates_of, is_sharded, layout_of
 
-HEADER_BYTES = 24  # what ranks exchange to see that they still agree
+HEADER_BYTES = 32  # what ranks exchange to see that they still agree
 
 _MOST_KNOWN = 16
 _MOST_NAMED = 5  # tensors that an error lists for each rank
@@ -50,6 +50,10 @@ class Agreement(NamedTuple):
     ranks: int
     device: torch.device
 
+    def is_complete(self, index: int) -> bool:
+        """Whether every rank holds a part of the tensor at ``index``."""
+        return sum(len(share.holders) for share in self.shares[index]) == self.ranks
+
 
 class _Held(NamedTuple):
     """What a rank says of one tensor; without one of that name only its shape is known."""
@@ -60,7 +64,8 @@ class _Held(NamedTuple):
     dtype: torch.dtype | None
 
 
-_known: OrderedDict[object, Agreement] = OrderedDict()
+#: What a rank says of its tensors -> what came of it the last time, and a number that tells it from all else.
+_known: OrderedDict[object, tuple[int, Agreement]] = OrderedDict()
 
 
 def agree(
@@ -68,7 +73,7 @@ def agree(
 ) -> Agreement:
     """Find out what all ranks have; every rank of the group must call.
 
-    What was agreed on is remembered: while nothing changes, ranks exchange 24 bytes.
+    What was agreed on is remembered: while nothing changes, ranks exchange 32 bytes.
 
     Args:
         names: all names, the same on every rank, in the same order.
@@ -86,24 +91,27 @@ def agree(
         else _Held(name, tuple(shape), layout_of(tensor), tensor.dtype)
         for name, shape, tensor in zip(names, sizes, tensors, strict=True)
     ]
+    places = [None if tensor is None else coordinates_of(tensor) for tensor in tensors]
     device = _device(tensors)
-    digest = int.from_bytes(hashlib.blake2b(repr(held).encode(), digest_size=8).digest(), "big") >> 2
-    key = exchange.key, digest
-    largest, minus_smallest, unknown = exchange.largest_numbers(
-        [digest, -digest, int(key not in _known)], device, "header"
-    )
-    if largest != -minus_smallest or unknown:
-        places = [None if tensor is None else coordinates_of(tensor) for tensor in tensors]
-        everywhere = exchange.gathered((held, places))
-        count("agreement", len(repr((held, places))))
-        _check([rank_held for rank_held, _ in everywhere])
-        agreement = _agreement(everywhere, exchange, device)
-        if largest != -minus_smallest:  # some rank lacks a tensor: nobody can know that the next time
-            return agreement
-        _known[key] = agreement
-        if len(_known) > _MOST_KNOWN:
-            _known.popitem(last=False)
-    return _known[key]
+    digest = _digest(held)
+    key = exchange.key, digest, _digest(places)
+    known, agreement = _known.get(key, (0, None))
+    numbers = exchange.largest_numbers([digest, -digest, known, -known], device, "header")
+    if agreement is not None and numbers == [digest, -digest, known, -known]:
+        return agreement
+    everywhere = exchange.gathered((held, places))
+    count("agreement", len(repr((held, places))))
+    _check([rank_held for rank_held, _ in everywhere])
+    agreement = _agreement(everywhere, exchange, device)
+    _known[key] = _digest(everywhere), agreement
+    if len(_known) > _MOST_KNOWN:
+        _known.popitem(last=False)
+    return agreement
+
+
+def _digest(what: object) -> int:
+    """A positive number that differs, in all likelihood, where what is said of tensors differs."""
+    return (int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=8).digest(), "big") >> 2) + 1
 
 
 def on_some_rank(flags: Sequence[bool], tensors: Sequence[Tensor]) -> list[bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -109,7 +110,21 @@ def _chunks(held: Tensor, parts: int) -> Sequence[Tensor]:
     return [held[start * size : (start + 1) * size] for start in range(parts)]
 
 
-def part_shape(layout: Layout, coordinates: Coordinates) -> tuple[int, ...]:
-    """Shape of the part at ``coordinates``."""
-    held = (indices(layout, coordinates, dim) for dim in range(len(layout.shape)))
-    return tuple(size if found is None else len(found) for size, found in zip(layout.shape, held, strict=True))
+def matrix_layout(layout: Layout) -> Layout:
+    """The layout of a tensor as a matrix, first dimension x product of the rest, as far as it says which is cut."""
+    rows, *rest = layout.shape
+    splits = tuple(split if split.dim == 0 else split._replace(dim=1) for split in layout.splits)
+    return Layout((rows, math.prod(rest)), splits)
+
+
+@lru_cache(maxsize=256)
+def matrix_indices(layout: Layout, coordinates: Coordinates) -> tuple[Tensor, Tensor]:
+    """Rows and columns, int64 on the CPU, of the tensor as a matrix that the part at ``coordinates`` holds."""
+    rows, *rest = (
+        torch.arange(size, device="cpu") if held is None else held
+        for size, held in ((size, indices(layout, coordinates, dim)) for dim, size in enumerate(layout.shape))
+    )
+    columns = torch.zeros(1, dtype=torch.int64, device="cpu")
+    for size, held in zip(layout.shape[1:], rest, strict=True):
+        columns = (columns[:, None] * size + held).reshape(-1)
+    return rows, columns

@@ -9,11 +9,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from normscope.ops.contract import Spectrum, as_matrix
-from normscope.ops.sharded_agreement import Agreement, Share, agree
+from normscope.ops.contract import Spectrum, check_matrix
+from normscope.ops.sharded_agreement import Agreement, agree
 from normscope.ops.sharded_check import check_values, checking, whole
 from normscope.ops.sharded_exchange import Exchange
-from normscope.ops.sharded_layout import Layout, indices, local_part, part_shape, settled
+from normscope.ops.sharded_layout import Layout, local_part, matrix_indices, matrix_layout, settled
 from normscope.ops.spectra import values_of_gram
 from normscope.sending import sent
 
@@ -86,13 +86,6 @@ def told_bytes(sizes: Sequence[int]) -> int:
     return sum(8 * (size + _ABOUT) for size in sizes)
 
 
-def matrix_layout(layout: Layout) -> Layout:
-    """The layout of a tensor as a matrix, first dimension x product of the rest."""
-    rows, *rest = layout.shape
-    splits = tuple(split if split.dim == 0 else split._replace(dim=1) for split in layout.splits)
-    return Layout((rows, math.prod(rest)), splits)
-
-
 def _cost(layout: Layout) -> float:
     rows, columns = layout.shape
     return float(rows) * columns * min(rows, columns) + 10.0 * min(rows, columns) ** 3
@@ -106,10 +99,10 @@ def singular_values(matrices: Sequence[Tensor], compute: LocalSpectra) -> list[S
         matrices: the matrices.
         compute: computes spectra of matrices that this rank holds.
     """
-    held = [settled(as_matrix(index, matrix)) for index, matrix in enumerate(matrices)]
-    agreement = agree([f"matrix {index}" for index in range(len(held))], held)
+    held, agreement = _agreed(matrices)
     holders = [[rank for share in shares for rank in share.holders] for shares in agreement.shares]
-    routes = plan_spectra(agreement.layouts, agreement.dtypes, agreement.ranks, holders)
+    layouts = [matrix_layout(layout) for layout in agreement.layouts]
+    routes = plan_spectra(layouts, agreement.dtypes, agreement.ranks, holders)
     spread = _Spread(agreement, held, compute)
     found = spread.spectra(dict(enumerate(routes)))
     again = {
@@ -123,12 +116,25 @@ def singular_values(matrices: Sequence[Tensor], compute: LocalSpectra) -> list[S
     return [found[index]._replace(values=sent(found[index].values, held[index].device)) for index in range(len(held))]
 
 
+def _agreed(matrices: Sequence[Tensor]) -> tuple[list[Tensor], Agreement]:
+    for index, matrix in enumerate(matrices):
+        check_matrix(index, matrix)
+    held = [settled(matrix.detach()) for matrix in matrices]
+    return held, agree([f"matrix {index}" for index in range(len(held))], held)
+
+
+def _part(matrix: Tensor) -> Tensor:
+    """What this rank holds, as a matrix."""
+    part = local_part(matrix)
+    return part.reshape(len(part), math.prod(part.shape[1:])) if part.dim() > 2 else part
+
+
 class _Spread:
     """Spectra computed by their owners, and told to all."""
 
     def __init__(self, agreement: Agreement, held: Sequence[Tensor], compute: LocalSpectra) -> None:
         self._agreement = agreement
-        self._parts = [local_part(matrix) for matrix in held]
+        self._parts = [_part(matrix) for matrix in held]
         self._compute = compute
         self._exchange = Exchange()
 
@@ -150,7 +156,8 @@ class _Spread:
             return self._parts[index] if owns else None
         layout, share = self._agreement.layouts[index], self._agreement.mine[index]
         if route.kind == "gram":
-            gram = _gram(self._parts[index], route.side, layout.shape[route.side], share is not None)
+            size = matrix_layout(layout).shape[route.side]
+            gram = _gram(self._parts[index], route.side, size, share is not None)
             packed = torch.cat([gram[row, row:] for row in range(len(gram))])
             packed = sent(packed, self._agreement.device)
             self._exchange.sum_to(route.owner, packed)
@@ -164,14 +171,16 @@ class _Spread:
         if rank != owner:
             self._exchange.move([] if share is None else [(owner, part)], [])
             return None
-        buffers = {
-            each: part if each is share else part.new_empty(part_shape(layout, each.coordinates)) for each in shares
-        }
-        self._exchange.move([], [(each.rank, buffer) for each, buffer in buffers.items() if each is not share])
-        matrix = part.new_zeros(layout.shape)
-        for each, buffer in buffers.items():
-            rows, columns = (_index(layout, each, dim, matrix.device) for dim in (0, 1))
-            matrix[rows[:, None], columns[None, :]] = buffer
+        places = [matrix_indices(layout, each.coordinates) for each in shares]
+        buffers = [
+            part if each is share else part.new_empty(len(rows), len(columns))
+            for each, (rows, columns) in zip(shares, places, strict=True)
+        ]
+        arriving = [(each.rank, buffer) for each, buffer in zip(shares, buffers, strict=True) if each is not share]
+        self._exchange.move([], arriving)
+        matrix = part.new_zeros(matrix_layout(layout).shape)
+        for (rows, columns), buffer in zip(places, buffers, strict=True):
+            matrix[sent(rows, matrix.device)[:, None], sent(columns, matrix.device)[None, :]] = buffer
         return matrix
 
     def _solve(self, matrix: Tensor, route: Route) -> Spectrum | None:
@@ -182,7 +191,7 @@ class _Spread:
 
     def _told(self, order: Sequence[int], mine: dict[int, Spectrum | None]) -> dict[int, Spectrum]:
         """What every owner found, on every rank; for each matrix its values, whether there are any, and how."""
-        sizes = [min(self._agreement.layouts[index].shape) for index in order]
+        sizes = [min(matrix_layout(self._agreement.layouts[index]).shape) for index in order]
         device = self._agreement.device
         rows = []
         for index, size in zip(order, sizes, strict=True):
@@ -234,39 +243,29 @@ def _unpacked(packed: Tensor, size: int) -> Tensor:
     return gram + gram.triu(1).T
 
 
-def _index(layout: Layout, share: Share, dim: int, device: torch.device) -> Tensor:
-    held = indices(layout, share.coordinates, dim)
-    return torch.arange(layout.shape[dim], device=device) if held is None else sent(held, device)
-
-
 @torch.no_grad()
 def gram_products(matrices: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[Tensor]:
     """As :func:`normscope.ops.gram_products`, of DTensors, the same bits on every rank, which all must call."""
-    held = [settled(as_matrix(index, matrix)) for index, matrix in enumerate(matrices)]
-    agreement = agree([f"matrix {index}" for index in range(len(held))], held)
+    held, agreement = _agreed(matrices)
     exchange = Exchange()
     products = []
     for index, block in enumerate(blocks):
-        layout, share = agreement.layouts[index], agreement.mine[index]
+        layout, share = matrix_layout(agreement.layouts[index]), agreement.mine[index]
         across, along = (0, 1) if layout.shape[0] >= layout.shape[1] else (1, 0)
-        part = local_part(held[index]).to(torch.float64)
-        tall = part if along == 1 else part.T
-        rows, columns = (_index_of(layout, share, dim, block.device) for dim in (across, along))
-        cut = {split.dim for split in layout.splits}
-        product = torch.zeros_like(block)
+        product, tall, rows, columns = torch.zeros_like(block), None, None, None
         if share is not None:
-            inner = tall @ block[columns]
-        if along in cut:
-            whole = block.new_zeros(layout.shape[across], block.shape[1])
-            if share is not None:
-                whole[rows] += inner
-            inner = exchange.summed(whole, "products")[rows]
-        if share is not None:
-            product[columns] += tall.T @ inner
+            part = _part(held[index]).to(torch.float64)
+            tall = part if along == 1 else part.T
+            places = matrix_indices(agreement.layouts[index], share.coordinates)
+            rows, columns = sent(places[across], block.device), sent(places[along], block.device)
+        inner = None if tall is None else tall @ block[columns]
+        if along in {split.dim for split in layout.splits}:
+            outer = block.new_zeros(layout.shape[across], block.shape[1])
+            if inner is not None:
+                outer[rows] = inner
+            outer = exchange.summed(outer, "products")
+            inner = None if rows is None else outer[rows]
+        if tall is not None and inner is not None:
+            product[columns] = tall.T @ inner
         products.append(exchange.summed(product, "products"))
     return products
-
-
-def _index_of(layout: Layout, share: Share | None, dim: int, device: torch.device) -> Tensor:
-    """Indices of this rank's share along a dimension; none without one."""
-    return torch.arange(0, device=device) if share is None else _index(layout, share, dim, device)
