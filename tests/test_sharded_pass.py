@@ -49,11 +49,11 @@ def compare(where: Any, placements: list[Any], dtype: torch.dtype) -> tuple[floa
     found = ns.norms(gradients)
     difference = worst(found, ns.norms(all_gradients))
     tracked = ns.weight_tracking(weights, gradients)
-    expected = ns.weight_tracking(all_weights, all_gradients)  # type: ignore[arg-type]
+    expected = ns.weight_tracking(all_weights, all_gradients)
     difference = max(difference, worst(tracked, expected))
     for name in ("tall", "one_row", "filter"):
         tokens = ns.token_gradient(gradients[name], stride=3)
-        difference = max(difference, worst(tokens, ns.token_gradient(all_gradients[name], stride=3)))  # type: ignore[arg-type]
+        difference = max(difference, worst(tokens, ns.token_gradient(all_gradients[name], stride=3)))
         found |= tokens
     return difference, found | tracked
 

@@ -78,9 +78,11 @@ class Record(Mapping[str, float]):
         return record
 
     def _host(self) -> Resolved:
+        resolve = self._resolve  # taken first: another thread may be resolving too
         if self._resolved is None:
-            assert self._resolve is not None
-            self._resolved, self._resolve = self._resolve(), None
+            assert resolve is not None
+            self._resolved = resolve()
+            self._resolve = None
         return self._resolved
 
     @property

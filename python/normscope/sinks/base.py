@@ -36,7 +36,8 @@ class Sink(ABC):
         """
         if self._closed:
             raise SinkError(f"{self!r} is closed; the record of step {record.step} was not written")
-        taken = self._reserved.intersection(record)
+        # A sink that reserves no key leaves the values alone: reading a record may wait for a device.
+        taken = self._reserved.intersection(record) if self._reserved else frozenset()
         if taken:
             raise SinkError(f"{self!r} uses the key {min(taken)!r} itself; give that value of the record another name")
         self._write(record)
