@@ -17,10 +17,16 @@ import normscope
 
 def run_python(script: str, **environment: str) -> str:
     """Standard output of a script in a fresh interpreter, where ``import torch`` alone takes seconds."""
+    return run(["-c", script], **environment)
+
+
+def run(arguments: list[str], folder: Path | None = None, **environment: str) -> str:
+    """Standard output of a fresh interpreter with these arguments, in a folder."""
     paths = [str(Path(normscope.__file__).parents[1]), str(Path(__file__).parent)]
     inherited = {name: value for name, value in os.environ.items() if name != "NORMSCOPE_BACKEND"}
     ended = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, *arguments],
+        cwd=folder,
         env={**inherited, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from fresh import run
 from ranks import Ranks
 from sharded import mesh, whole, worst
 from torch import Tensor, nn
@@ -197,3 +200,15 @@ def test_spectra_are_computed_where_a_weight_has_changed_on_any_rank(ranks: Rank
     assert second == 0
     assert third == 8 * (6 + 3)
     assert worst(found, {key: value for key, value in expected.items() if key in found}) <= 1e-10
+
+
+def test_the_example_of_the_page(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "train.py").write_text(script)
+    run(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"], tmp_path)
+    records = ns.read_records(tmp_path / "run.jsonl")
+    assert [record.step for record in records] == list(range(20))
+    assert {record.clip_stage for record in records} == {"pre_clip"}
+    assert ["weight_tracking/top_sv/1.weight" in record for record in records] == [step % 10 == 0 for step in range(20)]
+    assert all(record["norms/total_norm"] > 0 for record in records)
