@@ -42,7 +42,7 @@ class GradientMean:
                 gradient = gradient.to(torch.float64) / scale.to(gradient.device, torch.float64)
             if found_inf is not None:
                 counts = (found_inf == 0).to(gradient.device, torch.float64)
-                gradient = torch.where(counts > 0, gradient, torch.zeros_like(gradient))
+                gradient = _where(counts > 0, gradient)
             self._sums[name] = _sum(self._sums.get(name), gradient)
             self._steps[name] = self._steps.get(name, 0) + counts
 
@@ -55,6 +55,14 @@ class GradientMean:
     def reset(self) -> None:
         """Start again from nothing."""
         self._sums, self._steps = {}, {}
+
+
+def _where(holds: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient where a 0-d condition holds, otherwise zeros."""
+    if gradient.layout is torch.strided:
+        return torch.where(holds, gradient, torch.zeros_like(gradient))
+    values = torch.where(holds, gradient._values(), torch.zeros_like(gradient._values()))
+    return torch.sparse_coo_tensor(gradient._indices(), values, gradient.shape, check_invariants=False)
 
 
 def _sum(total: Tensor | None, gradient: Tensor) -> Tensor:

@@ -38,14 +38,22 @@ class BackwardEnd:
         self._act = act
         self._awaited: set[int] = set()  # backward passes under way whose end was asked for
         # PyTorch's garbage collection does not see what hooks of a tensor hold on to.
-        hook = _Hook(ref(self))
-        self._hooks: list[Any] = [
-            parameter.register_post_accumulate_grad_hook(hook.on_gradient)  # type: ignore[no-untyped-call]
-            for parameter in model.parameters()
-            if parameter.requires_grad
-        ]
+        self._hook = _Hook(ref(self))
+        self._model = model
+        self._hooks: list[Any] = []
+        self._followed: dict[int, ref[Tensor]] = {}
+        self.follow()
         if ops.any_sharded(model.parameters()):  # fully_shard sets their gradients itself, past such hooks
-            self._hooks.append(model.register_forward_hook(hook))
+            self._hooks.append(model.register_forward_hook(self._hook))
+
+    def follow(self) -> None:
+        """Follow the parameters that can be trained by now, such as those that were frozen at first."""
+        for parameter in self._model.parameters():
+            known = self._followed.get(id(parameter), _nobody)() is parameter
+            if parameter.requires_grad and not known:
+                hook = parameter.register_post_accumulate_grad_hook(self._hook.on_gradient)  # type: ignore[no-untyped-call]
+                self._hooks.append(hook)
+                self._followed[id(parameter)] = ref(parameter)
 
     def _await(self) -> None:
         task = torch._C._current_graph_task_id()

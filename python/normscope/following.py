@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -65,14 +67,19 @@ class Following:
         """Follow one more."""
         first = _First(self._model, self._steps, manner) if not self.active else None
         self._optimizers.append(optimizer)
+        outermost = _Outermost()
 
         def before(_: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            if not outermost.begins(sys._getframe(1)):
+                return
             if not _has_closure(args, kwargs):
                 self._add_to_mean(optimizer)
             if first is not None:
                 first.before(None if _has_closure(args, kwargs) else optimizer)
 
         def after(_: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            if not outermost.ends(sys._getframe(1)):
+                return
             if _has_closure(args, kwargs):
                 self._add_to_mean(optimizer)
             if first is not None:
@@ -94,6 +101,33 @@ class Following:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._optimizers = [], []
+
+
+class _Outermost:
+    """Tells steps from those inside them: hooks also run for a ``super().step()`` in an optimizer's own step."""
+
+    def __init__(self) -> None:
+        self._caller: FrameType | None = None  # a count of steps begun would not survive one that raises
+
+    def _is_under_way(self, caller: FrameType) -> bool:
+        frame: FrameType | None = caller if self._caller is not None else None
+        while frame is not None and frame is not self._caller:
+            frame = frame.f_back
+        return frame is not None
+
+    def begins(self, caller: FrameType) -> bool:
+        """Whether the step that begins is not inside another; ``caller`` is what calls the hook."""
+        if self._is_under_way(caller):
+            return False
+        self._caller = caller
+        return True
+
+    def ends(self, caller: FrameType) -> bool:
+        """Whether the step that ends is not inside another."""
+        if caller is not self._caller and self._is_under_way(caller):
+            return False
+        self._caller = None
+        return True
 
 
 class _First:
@@ -123,6 +157,8 @@ class _First:
             self._steps.read_gradients(
                 self._step, clip_stage="post_clip", grad_scale=getattr(optimizer, "grad_scale", None)
             )
+            if self.backward is not None:
+                self.backward.follow()  # none of the parameters that it follows is trained any more
         self._steps.pre_step(self._step)
 
     def after(self) -> None:

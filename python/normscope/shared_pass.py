@@ -89,7 +89,9 @@ def read_gradients(
         if scale is not None and source == "current":
             stats = stats.divided(scale)
         weights = None if beside is None else gradients.weights_beside(stats)
-        readings[source] = GradientReading(GradientView(gradients.names, stats), weights, clip_stage)
+        # A mean is one of what optimizers were given, whatever is on the model now.
+        stage: ClipStage = clip_stage if source == "current" else "post_clip"
+        readings[source] = GradientReading(GradientView(gradients.names, stats), weights, stage)
     return readings
 
 
