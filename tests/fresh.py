@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -17,17 +17,17 @@ import normscope
 
 def run_python(script: str, **environment: str) -> str:
     """Standard output of a script in a fresh interpreter, where ``import torch`` alone takes seconds."""
-    return run(["-c", script], **environment)
+    return run(["-c", script], environment=environment)
 
 
-def run(arguments: list[str], folder: Path | None = None, **environment: str) -> str:
+def run(arguments: list[str], folder: Path | None = None, environment: Mapping[str, str] | None = None) -> str:
     """Standard output of a fresh interpreter with these arguments, in a folder."""
     paths = [str(Path(normscope.__file__).parents[1]), str(Path(__file__).parent)]
     inherited = {name: value for name, value in os.environ.items() if name != "NORMSCOPE_BACKEND"}
     ended = subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
-        env={**inherited, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **environment},
+        env={**inherited, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **(environment or {})},
         capture_output=True,
         text=True,
         timeout=120,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -85,16 +86,16 @@ def agree(
     """
     exchange = Exchange()
     sizes = shapes or [torch.Size(()) if tensor is None else tensor.shape for tensor in tensors]
-    held = [
+    held = tuple(
         _Held(name, tuple(shape), None, None)
         if tensor is None
         else _Held(name, tuple(shape), layout_of(tensor), tensor.dtype)
         for name, shape, tensor in zip(names, sizes, tensors, strict=True)
-    ]
-    places = [None if tensor is None else coordinates_of(tensor) for tensor in tensors]
+    )
+    places = tuple(None if tensor is None else coordinates_of(tensor) for tensor in tensors)
     device = _device(tensors)
     digest = _digest(held)
-    key = exchange.key, digest, _digest(places)
+    key = exchange.key, held, places
     known, agreement = _known.get(key, (0, None))
     numbers = exchange.largest_numbers([digest, -digest, known, -known], device, "header")
     if agreement is not None and numbers == [digest, -digest, known, -known]:
@@ -103,13 +104,14 @@ def agree(
     count("agreement", len(repr((held, places))))
     _check([rank_held for rank_held, _ in everywhere])
     agreement = _agreement(everywhere, exchange, device)
-    _known[key] = _digest(everywhere), agreement
+    _known[key] = _digest(tuple(everywhere)), agreement
     if len(_known) > _MOST_KNOWN:
         _known.popitem(last=False)
     return agreement
 
 
-def _digest(what: object) -> int:
+@lru_cache(maxsize=_MOST_KNOWN)
+def _digest(what: Hashable) -> int:
     """A positive number that differs, in all likelihood, where what is said of tensors differs."""
     return (int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=8).digest(), "big") >> 2) + 1
 
@@ -129,7 +131,7 @@ def _device(tensors: Sequence[Tensor | None]) -> torch.device:
 
 
 def _agreement(
-    everywhere: Sequence[tuple[list[_Held], list[Coordinates | None]]], exchange: Exchange, device: torch.device
+    everywhere: Sequence[tuple[Sequence[_Held], Sequence[Coordinates | None]]], exchange: Exchange, device: torch.device
 ) -> Agreement:
     names, layouts, dtypes, shares = [], [], [], []
     for index, (name, *_) in enumerate(everywhere[0][0]):
@@ -155,7 +157,7 @@ def _agreement(
     return Agreement(*common, mine, exchange.rank, exchange.ranks, device)
 
 
-def _check(held: Sequence[list[_Held]]) -> None:
+def _check(held: Sequence[Sequence[_Held]]) -> None:
     """Compare each rank's tensors with those of rank 0."""
     complaints = []
     first = {each.name: each for each in held[0]}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
@@ -68,27 +69,29 @@ def local_part(tensor: Tensor) -> Tensor:
     return part.wait() if hasattr(part, "wait") else part
 
 
-def _cuts(tensor: DTensor) -> dict[int, Split]:
-    """For each dimension of the mesh that cuts the tensor, how."""
-    placements: Sequence[Any] = tensor.placements
-    return {
-        mesh_dim: Split(placement.dim % tensor.dim(), size, getattr(placement, "split_factor", 1))
-        for mesh_dim, (placement, size) in enumerate(zip(placements, tensor.device_mesh.shape, strict=True))
-        if not placement.is_replicate() and not placement.is_partial()
-    }
-
-
 def layout_of(tensor: Tensor) -> Layout:
     """Its layout; a pending sum counts as done, see :func:`settled`."""
-    return Layout(tuple(tensor.shape), tuple(_cuts(tensor).values()) if is_sharded(tensor) else ())
+    if not is_sharded(tensor):
+        return Layout(tuple(tensor.shape))
+    return _place(tensor.device_mesh, tensor.placements, tuple(tensor.shape))[0]
 
 
 def coordinates_of(tensor: Tensor) -> Coordinates | None:
     """The part that this rank holds; None for a rank outside the tensor's mesh."""
     if not is_sharded(tensor):
         return ()
-    place = tensor.device_mesh.get_coordinate()
-    return None if place is None else tuple(place[mesh_dim] for mesh_dim in _cuts(tensor))
+    return _place(tensor.device_mesh, tensor.placements, tuple(tensor.shape))[1]
+
+
+@lru_cache(maxsize=4096)
+def _place(mesh: DeviceMesh, placements: Sequence[Any], shape: tuple[int, ...]) -> tuple[Layout, Coordinates | None]:
+    splits, coordinates = [], []
+    place = mesh.get_coordinate()
+    for mesh_dim, (placement, size) in enumerate(zip(placements, mesh.shape, strict=True)):
+        if not placement.is_replicate() and not placement.is_partial():
+            splits.append(Split(placement.dim % len(shape), size, getattr(placement, "split_factor", 1)))
+            coordinates.append(-1 if place is None else place[mesh_dim])
+    return Layout(shape, tuple(splits)), None if place is None else tuple(coordinates)
 
 
 @lru_cache(maxsize=256)

@@ -98,10 +98,10 @@ def fused_pass(
     for index, tensor in enumerate(tensors):
         whole = None if tensor is None else _settled(tensor)
         weight = None if weights is None or whole is None else _laid_out_as(whole, weights[index], index)
-        if whole is not None and index in mine:
+        if whole is not None and agreement.mine[index] is not None:
             gradients.append(local_part(whole))
             beside.append(weight)
-    marked = {mine.index(index): index for index, _ in plan.tables if index in mine}
+    marked = {mine.index(index): index for index, _ in plan.tables if agreement.mine[index] is not None}
     check_weights(gradients, beside)
     stats = read(gradients, None if weights is None else beside, tuple(marked))
     found = _completed(agreement, plan, stats, mine, {table: stats.energies[place] for place, table in marked.items()})
