@@ -68,7 +68,23 @@ class Turns:
         self._switch = switch
         self._sides = sides
         self._begun: float | None = None
+        self._inside = 0.0
         self.seconds: list[float] = []
+        self.inside: list[float] = []  # of each step, the seconds within methods of the callback
+
+    def time_methods(self, callback: object, *names: str) -> None:
+        """Have the time counted that a callback spends in methods of these names."""
+        for name in names:
+            setattr(callback, name, self._timed(getattr(callback, name)))
+
+    def _timed(self, method: Callable[..., object]) -> Callable[..., object]:
+        def run(*given: Any, **options: Any) -> object:
+            begun = time.perf_counter()
+            result = method(*given, **options)
+            self._inside += time.perf_counter() - begun
+            return result
+
+        return run
 
     def side(self, step: int) -> int:
         return (step // TURN + step // LOGGED) % self._sides
@@ -77,6 +93,8 @@ class Turns:
         """A step begins, and the one before it has ended."""
         if self._begun is not None:
             self.seconds.append(time.perf_counter() - self._begun)
+            self.inside.append(self._inside)
+        self._inside = 0.0
         self._switch(self.side(len(self.seconds)))
         self._begun = time.perf_counter()
 
@@ -101,6 +119,11 @@ class Turns:
             found.append(100 * longer / alone)
         low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
         return low, middle, high
+
+    def share_inside(self) -> float:
+        """The share of the time of the first watched side that is spent in the timed methods, in percent."""
+        steps = [step for step in range(WARM, WARM + ROUNDS * ROUND) if self.side(step) == 1]
+        return 100 * sum(self.inside[step] for step in steps) / sum(self.seconds[step] for step in steps)
 
 
 class Usual:
@@ -165,6 +188,7 @@ def lightning(folder: Path, every_step: bool) -> Turns:
         trainer.callbacks = [timing, *([sides[side - 1]] if side else [])]
 
     turns = Turns(switch, 1 + len(sides))
+    turns.time_methods(ours, "on_before_optimizer_step", "on_train_batch_end")
     trainer.fit(Lit(), torch.utils.data.DataLoader(Batches(), batch_size=None))
     return turns
 
@@ -201,6 +225,7 @@ def transformers(folder: Path, every_step: bool) -> Turns:
     timing, looping = Timing(), Looping()
     ours = NormscopeCallback(every_n_steps=1, report=False, sinks=sinks) if every_step else NormscopeCallback()
     turns = Turns(switch, 3 if every_step else 2)
+    turns.time_methods(ours, "_read", "on_step_end", "on_log")
     args = hub.TrainingArguments(
         str(folder),
         max_steps=Batches.steps,
@@ -227,7 +252,7 @@ def test_callback_as_it_is(framework: str, report: Report, tmp_path: Path) -> No
     turns = RUNS[framework](tmp_path, False)
     report(
         what=f"{framework}, a transformer of 51 parameters: steps with the callback, to TensorBoard every {LOGGED}, "
-        "against steps without",
+        f"against steps without (inside the callback: {turns.share_inside():.2f} %)",
         figure="% more time",
         target=2.0,
         quartiles=turns.overhead(1),
@@ -239,7 +264,8 @@ def test_callback_every_step(framework: str, report: Report, tmp_path: Path) -> 
     turns = RUNS[framework](tmp_path, True)
     _, usual, _ = turns.overhead(2)
     report(
-        what=f"the same, {framework}, a line of JSON every step (a loop of `p.grad.norm().item()`: {usual:.1f} %)",
+        what=f"the same, {framework}, a line of JSON every step (inside the callback: {turns.share_inside():.2f} %; "
+        f"a loop of `p.grad.norm().item()`: {usual:.1f} % more time)",
         figure="% more time",
         target=2.0,
         quartiles=turns.overhead(1),
