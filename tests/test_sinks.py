@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 
 from normscope import sinks
 from normscope.errors import MissingExtraError, RecordFileError, SinkError
-from normscope.record import LifecyclePoint, Record
+from normscope.record import ClipStage, LifecyclePoint, Record
 
 FILE_SINKS = [sinks.JSONL, sinks.CSV]
 FileSink = type[sinks.JSONL] | type[sinks.CSV]
+STAGES: list[ClipStage | None] = [None, "pre_clip", "post_clip"]
 
 
 def record(step: int, **values: float) -> Record:
@@ -296,6 +297,61 @@ class TestCSV:
         path.write_text("step,point,a\n1,post_step,2\nx,post_step,3\n")
         with pytest.raises(RecordFileError, match="line 3: not a record: no integer step"):
             sinks.CSV(path, keep_until=1)
+
+
+class TestClipStage:
+    """The stage of the gradients that a record is about is a field of its own in both files."""
+
+    @staticmethod
+    def record(step: int, stage: ClipStage | None) -> Record:
+        return Record(step, LifecyclePoint.POST_STEP, {"norms/a": 0.5}, clip_stage=stage)
+
+    def test_jsonl(self, path: Path) -> None:
+        with sinks.JSONL(path) as sink:
+            for step, stage in enumerate(STAGES):
+                sink.write(self.record(step, stage))
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert lines[0] == {"step": 0, "point": "post_step", "norms/a": 0.5}
+        assert [line.get("clip_stage", "absent") for line in lines] == ["absent", "pre_clip", "post_clip"]
+        assert [found.clip_stage for found in sinks.read_records(path)] == STAGES
+
+    @pytest.mark.parametrize("stage", ['"clipped"', "1", "[]", "{}", "true", '""'])
+    def test_jsonl_with_another_stage_is_corrupt(self, path: Path, stage: str) -> None:
+        path.write_text(f'{{"step": 1, "point": "snapshot", "clip_stage": {stage}}}\n')
+        with pytest.raises(RecordFileError, match="line 1: not a record: clip_stage must be"):
+            sinks.read_records(path)
+
+    def test_csv(self, tmp_path: Path) -> None:
+        path = tmp_path / "metrics.csv"
+        with sinks.CSV(path) as sink:
+            sink.write(self.record(0, "pre_clip"))
+            sink.write(self.record(1, None))
+        with sinks.CSV(path) as sink:
+            sink.write(self.record(2, "post_clip"))
+        assert path.read_text() == (
+            "step,point,clip_stage,norms/a\n"
+            "0,post_step,pre_clip,0.5\n"
+            "1,post_step,,0.5\n"
+            "2,post_step,post_clip,0.5\n"
+        )  # fmt: skip
+
+    def test_csv_of_a_run_that_read_no_gradient_at_first(self, tmp_path: Path) -> None:
+        path = tmp_path / "metrics.csv"
+        with sinks.CSV(path) as sink:
+            sink.write(self.record(0, None))
+            sink.write(self.record(1, "pre_clip"))
+        with sinks.CSV(path, keep_until=1) as sink:
+            sink.write(self.record(2, None))
+        assert path.read_text() == (
+            "step,point,norms/a,clip_stage\n"
+            "0,post_step,0.5,\n"
+            "1,post_step,0.5,pre_clip\n"
+            "2,post_step,0.5,\n"
+        )  # fmt: skip
+
+    def test_no_value_may_have_its_name(self, file_sink: FileSink, path: Path) -> None:
+        with file_sink(path) as sink, pytest.raises(SinkError, match="uses the key 'clip_stage' itself"):
+            sink.write(Record(1, LifecyclePoint.SNAPSHOT, {"clip_stage": 2.0}))
 
 
 class TestTensorBoard:
