@@ -79,9 +79,10 @@ class Looking(Trainer):  # type: ignore[misc]
 def trainer(*callbacks: Any, model: Any = None, kind: Any = Looking, **options: Any) -> Any:
     """Of four steps an epoch, at a learning rate that moves the weights."""
     defaults = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 0.01}
+    optimizers = options.pop("optimizers", (None, None))
     options = {"use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True, **defaults, **options}
     args = transformers.TrainingArguments("out", **options)
-    data = {"train_dataset": Texts(), "eval_dataset": Texts()}
+    data = {"train_dataset": Texts(), "eval_dataset": Texts(), "optimizers": optimizers}
     return kind(model=gpt2() if model is None else model, args=args, callbacks=list(callbacks), **data)
 
 
@@ -271,6 +272,26 @@ def test_bfloat16_and_compiled(options: dict[str, Any]) -> None:
     run.train()
     check(records, run.seen)
     assert "norms/norm_table.weight" in records[3]
+
+
+def test_parameters_that_are_unfrozen_later() -> None:
+    class Unfreezing(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+            if state.global_step == 1:
+                model.out.requires_grad_(False)
+                model.table.requires_grad_(True)
+
+    model = Plain()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model.table.requires_grad_(False)
+    records: list[ns.Record] = []
+    run = trainer(NormscopeCallback(sinks=[records.append]), Unfreezing(), model=model, optimizers=(optimizer, None))
+    run.train()
+    assert [record.clip_stage for record in records] == ["pre_clip", "post_clip", "pre_clip", "pre_clip"]
+    assert "norms/norm_table.weight" not in records[0]
+    for record in records[1:]:
+        assert record["norms/norm_table.weight"] > 0
+    check(records[2:], run.seen)
 
 
 # Again, resumed, failed

@@ -69,6 +69,7 @@ class NormscopeCallback(_TrainerCallback):  # type: ignore[misc]
         self._handler: Any = None  # the list of callbacks in which this one comes first
         self._monitor: Monitor | None = None
         self._ends: BackwardEnd | None = None
+        self._read_for: int | None = None  # the step whose gradients were read last
         self._unlogged: Record | None = None
 
     def report_through(self, trainer: Any) -> None:
@@ -91,7 +92,7 @@ class NormscopeCallback(_TrainerCallback):  # type: ignore[misc]
             model, observers, made(self.sinks) if state.is_world_process_zero else (), context=self.context, loop="step"
         )
         self._ends = BackwardEnd(model, lambda: self._read(state, accelerated))
-        self._unlogged = None
+        self._read_for = self._unlogged = None
         if self.report and self._handler is None:
             self._find_place()
 
@@ -123,7 +124,15 @@ class NormscopeCallback(_TrainerCallback):  # type: ignore[misc]
         if _gradient_state().sync_gradients:  # the last backward pass before the optimizer's step
             scaler = getattr(accelerated, "scaler", None)
             scale = None if scaler is None else _scale(scaler, self._monitor.model)
-            self._monitor.read_gradients(state.global_step + 1, clip_stage="pre_clip", grad_scale=scale)
+            self._read_for = state.global_step + 1
+            self._monitor.read_gradients(self._read_for, clip_stage="pre_clip", grad_scale=scale)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Read the gradients, clipped as they are, if none of the parameters listened to had one."""
+        step = state.global_step + 1
+        if self._monitor is not None and self._ends is not None and self._read_for != step:
+            self._ends.follow()  # such as have been unfrozen meanwhile
+            self._monitor.read_gradients(step, clip_stage="post_clip")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the step's record, and have the Trainer log it."""
