@@ -10,7 +10,7 @@ import by_hand
 import pytest
 import torch
 from by_hand import Named, Net, assert_norms, assert_tells, backward
-from torch import nn
+from torch import Tensor, nn
 from watched import Doing, Point
 
 import normscope as ns
@@ -193,6 +193,73 @@ def test_an_optimizer_whose_step_calls_that_of_its_base() -> None:
     used.insert(2, used[2])  # the step that failed had begun
     mean = {name: sum(each[name] for each in used) / len(used) for name in used[0]}
     assert_norms(epoch.post_epoch(0), mean)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_closure_makes_no_difference(keyword: bool, stage: ClipStage) -> None:
+    model = Net()
+    optimizer = sgd(model, lr=0.5)
+    records = watch(model, optimizer, clip_stage=stage)
+    for batch in BATCHES:
+        kept: list[Named] = []
+
+        def closure(batch: tuple[int, ...] = batch, kept: list[Named] = kept) -> float:
+            optimizer.zero_grad()
+            loss = model.loss(*batch)
+            backward(loss)
+            kept.append(by_hand.gradients(model))
+            nn.utils.clip_grad_value_(model.parameters(), 0.01)
+            kept.append(by_hand.gradients(model))
+            return loss.item()
+
+        beside, loss = by_hand.weights(model), model.loss(*batch).item()
+        found = optimizer.step(closure=closure) if keyword else optimizer.step(closure)
+        assert (found, len(kept)) == (loss, 2)
+        assert_tells(records[-1], kept[STAGES[::-1].index(stage)], beside, by_hand.weights(model))
+        assert hooks_of(model.out.bias) == (stage == "pre_clip"), "those of the closure are gone"
+    assert [(record.step, record.clip_stage) for record in records] == [(step, stage) for step in range(len(BATCHES))]
+
+
+def hooks_of(parameter: nn.Parameter) -> int:
+    """How many wait for its gradient."""
+    return len(getattr(parameter, "_post_accumulate_grad_hooks", None) or {})
+
+
+class Searches(torch.optim.Optimizer):
+    """Makes the backward pass itself, of the loss that the closure gives before and after it."""
+
+    def __init__(self, parameters: Iterator[nn.Parameter], asks_again: bool) -> None:
+        super().__init__(parameters, {})
+        self._asks_again = asks_again
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> float:  # type: ignore[override]
+        with torch.enable_grad():
+            loss = closure()
+            backward(loss)
+        for parameter in self.param_groups[0]["params"]:
+            parameter -= 0.1 * parameter.grad
+        if self._asks_again:
+            closure()
+        return float(loss)
+
+
+@pytest.mark.parametrize("asks_again", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_optimizer_that_makes_the_backward_pass(stage: ClipStage, asks_again: bool) -> None:
+    model = Net()
+    optimizer = Searches(model.parameters(), asks_again)
+    records = watch(model, optimizer, clip_stage=stage)
+    for batch in BATCHES:
+        optimizer.zero_grad(set_to_none=False)
+
+        def closure(batch: tuple[int, ...] = batch) -> Tensor:
+            return model.loss(*batch)
+
+        optimizer.step(closure)
+        assert_norms(records[-1], by_hand.gradients(model))
+        assert records[-1].clip_stage == stage
 
 
 def test_the_number_of_the_first_step_and_schedules() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import wraps
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,10 @@ class Manner(NamedTuple):
     last_backward: Callable[[], bool] | None
 
 
+#: The positional and keyword arguments of a step, the optimizer first.
+Arguments: TypeAlias = tuple[tuple[object, ...], dict[str, object]]
+
+
 class Following:
     """The optimizers that are followed.
 
@@ -69,13 +74,16 @@ class Following:
         self._optimizers.append(optimizer)
         outermost = _Outermost()
 
-        def before(_: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        def before(_: object, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments | None:
             if not outermost.begins(sys._getframe(1)):
-                return
-            if not _has_closure(args, kwargs):
+                return None
+            has_closure = _has_closure(args, kwargs)
+            if not has_closure:
                 self._add_to_mean(optimizer)
-            if first is not None:
-                first.before(None if _has_closure(args, kwargs) else optimizer)
+            if first is None:
+                return None
+            first.before(optimizer, has_closure)
+            return _each_closure(first.reading, args, kwargs) if has_closure else None
 
         def after(_: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             if not outermost.ends(sys._getframe(1)):
@@ -150,16 +158,37 @@ class _First:
         scaler, device = self._manner.scaler, next(self._model.parameters()).device
         return None if scaler is None else scaler.scale(torch.ones((), device=device))  # the public way without a wait
 
-    def before(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Before a step with gradients on the model, or, with None, before one that computes them itself."""
-        if optimizer is not None and not self._was_read:
+    def before(self, optimizer: torch.optim.Optimizer, has_closure: bool) -> None:
+        """Before a step with gradients on the model, or before one that computes them itself."""
+        if not has_closure and not self._was_read:
             # GradScaler leaves the unscaling to optimizers that can do it, and gives them the factor.
-            self._steps.read_gradients(
-                self._step, clip_stage="post_clip", grad_scale=getattr(optimizer, "grad_scale", None)
-            )
-            if self.backward is not None:
-                self.backward.follow()  # none of the parameters that it follows is trained any more
+            self._read_late(getattr(optimizer, "grad_scale", None))
         self._steps.pre_step(self._step)
+
+    def _read_late(self, grad_scale: Tensor | None) -> None:
+        self._steps.read_gradients(self._step, clip_stage="post_clip", grad_scale=grad_scale)
+        if self.backward is not None:
+            self.backward.follow()  # none of the parameters that it follows is trained any more
+
+    def reading(self, closure: Callable[..., object]) -> Callable[..., object]:
+        """The closure, followed by a look at the gradients if it made a backward pass.
+
+        Some optimizers make that themselves, after a closure that only gives the loss.
+        """
+
+        @wraps(closure)
+        def evaluate(*args: object, **kwargs: object) -> object:
+            passes: list[None] = []
+            ends = BackwardEnd(self._model, lambda: passes.append(None))
+            try:
+                result = closure(*args, **kwargs)
+            finally:
+                ends.remove()
+            if passes and not self._was_read:
+                self._read_late(None)
+            return result
+
+        return evaluate
 
     def after(self) -> None:
         step, self._step, self._was_read = self._step, self._step + 1, False
@@ -173,3 +202,14 @@ def _parameter_ids(optimizer: torch.optim.Optimizer) -> set[int]:
 def _has_closure(args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
     """Whether the step computes its gradients itself, so that they are on the model only after it."""
     return any(callable(argument) for argument in (*args[1:], *kwargs.values()))
+
+
+def _each_closure(
+    change: Callable[[Callable[..., object]], object], args: tuple[object, ...], kwargs: dict[str, object]
+) -> Arguments:
+    """The arguments with each closure among them changed."""
+
+    def changed(argument: object) -> object:
+        return change(argument) if callable(argument) else argument
+
+    return (args[0], *map(changed, args[1:])), {name: changed(value) for name, value in kwargs.items()}
