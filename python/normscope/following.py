@@ -94,8 +94,8 @@ class Following:
                 first.after()
 
         self._hooks += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
-        if first is not None and first.backward is not None:
-            self._hooks.append(first.backward)
+        if first is not None:
+            self._hooks.append(first)
 
     def _add_to_mean(self, optimizer: torch.optim.Optimizer) -> None:
         if self._mean is None:
@@ -147,9 +147,13 @@ class _First:
         self._manner = manner
         self._step = manner.first_step
         self._was_read = False
-        self.backward = BackwardEnd(model, self._backward_ended) if manner.clip_stage == "pre_clip" else None
+        self._backward_made = False
+        self._ends = BackwardEnd(model, self._backward_ended) if manner.clip_stage == "pre_clip" else None
 
     def _backward_ended(self) -> None:
+        self._backward_made = True
+        if self._manner.clip_stage == "post_clip":
+            return
         if self._manner.last_backward is None or self._manner.last_backward():
             self._steps.read_gradients(self._step, clip_stage="pre_clip", grad_scale=self._scale())
             self._was_read = True
@@ -167,24 +171,22 @@ class _First:
 
     def _read_late(self, grad_scale: Tensor | None) -> None:
         self._steps.read_gradients(self._step, clip_stage="post_clip", grad_scale=grad_scale)
-        if self.backward is not None:
-            self.backward.follow()  # none of the parameters that it follows is trained any more
+        if self._ends is not None:
+            self._ends.follow()  # none of the parameters that it follows is trained any more
 
     def reading(self, closure: Callable[..., object]) -> Callable[..., object]:
         """The closure, followed by a look at the gradients if it made a backward pass.
 
         Some optimizers make that themselves, after a closure that only gives the loss.
         """
+        if self._ends is None:
+            self._ends = BackwardEnd(self._model, self._backward_ended)
 
         @wraps(closure)
         def evaluate(*args: object, **kwargs: object) -> object:
-            passes: list[None] = []
-            ends = BackwardEnd(self._model, lambda: passes.append(None))
-            try:
-                result = closure(*args, **kwargs)
-            finally:
-                ends.remove()
-            if passes and not self._was_read:
+            self._backward_made = False
+            result = closure(*args, **kwargs)
+            if self._backward_made and not self._was_read:
                 self._read_late(None)
             return result
 
@@ -193,6 +195,11 @@ class _First:
     def after(self) -> None:
         step, self._step, self._was_read = self._step, self._step + 1, False
         self._steps.post_step(step)
+
+    def remove(self) -> None:
+        """Leave the model alone."""
+        if self._ends is not None:
+            self._ends.remove()
 
 
 def _parameter_ids(optimizer: torch.optim.Optimizer) -> set[int]:
