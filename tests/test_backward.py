@@ -151,21 +151,29 @@ def test_a_backward_that_fails_is_forgotten() -> None:
     assert_norms(records[0], expected)
 
 
-def test_frozen_parameters_and_those_unfrozen_later() -> None:
+@pytest.mark.parametrize("in_closure", [False, True])
+def test_frozen_parameters_and_those_unfrozen_later(in_closure: bool) -> None:
     model = Net()
     optimizer = sgd(model)
     model.embedding.requires_grad_(False)
     model.hidden.requires_grad_(False)
     records = watch(model, optimizer)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        backward(model.loss(1, 2, 3))
+        return 0.0
+
     for step in range(4):
         if step == 1:  # all change places
             for parameter in model.parameters():
                 parameter.requires_grad_(not parameter.requires_grad)
-        optimizer.zero_grad()
-        backward(model.loss(1, 2, 3))
-        expected = by_hand.gradients(model)
-        optimizer.step()
-        assert_norms(records[-1], expected)
+        if in_closure:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+        assert_norms(records[-1], by_hand.gradients(model))
     assert [record.clip_stage for record in records] == ["pre_clip", "post_clip", "pre_clip", "pre_clip"]
 
 

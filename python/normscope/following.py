@@ -166,13 +166,15 @@ class _First:
         """Before a step with gradients on the model, or before one that computes them itself."""
         if not has_closure and not self._was_read:
             # GradScaler leaves the unscaling to optimizers that can do it, and gives them the factor.
-            self._read_late(getattr(optimizer, "grad_scale", None))
+            scale = getattr(optimizer, "grad_scale", None)
+            self._steps.read_gradients(self._step, clip_stage="post_clip", grad_scale=scale)
+            self._look_for_parameters()
         self._steps.pre_step(self._step)
 
-    def _read_late(self, grad_scale: Tensor | None) -> None:
-        self._steps.read_gradients(self._step, clip_stage="post_clip", grad_scale=grad_scale)
-        if self._ends is not None:
-            self._ends.follow()  # none of the parameters that it follows is trained any more
+    def _look_for_parameters(self) -> None:
+        """Where no backward pass was seen none of the parameters that are followed may be trained any more."""
+        if self._ends is not None and not self._backward_made:
+            self._ends.follow()
 
     def reading(self, closure: Callable[..., object]) -> Callable[..., object]:
         """The closure, followed by a look at the gradients if it made a backward pass.
@@ -186,14 +188,16 @@ class _First:
         def evaluate(*args: object, **kwargs: object) -> object:
             self._backward_made = False
             result = closure(*args, **kwargs)
+            self._look_for_parameters()
             if self._backward_made and not self._was_read:
-                self._read_late(None)
+                self._steps.read_gradients(self._step, clip_stage="post_clip")
             return result
 
         return evaluate
 
     def after(self) -> None:
-        step, self._step, self._was_read = self._step, self._step + 1, False
+        step, self._step = self._step, self._step + 1
+        self._was_read = self._backward_made = False
         self._steps.post_step(step)
 
     def remove(self) -> None:
