@@ -127,11 +127,11 @@ class NormscopeMonitor:
         if several and optimizer is not trainer.optimizers[self.optimizer]:
             return
         self._steps = step + 1
-        parameters = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
-        if self._monitor is None or all(parameter.grad is None for parameter in parameters.values()):
+        own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if self._monitor is None or all(parameter.grad is None for parameter in own):
             return  # training_step returned no loss
         self._step = step
-        with _gradients_of_none_but(parameters, pl_module if several else None):
+        with _gradients_of_none_but(own, pl_module if several else None):
             self._monitor.read_gradients(
                 step,
                 clip_stage="pre_clip" if pl_module.automatic_optimization else "post_clip",
@@ -228,9 +228,10 @@ def _scale(trainer: _Trainer, optimizer: torch.optim.Optimizer) -> Tensor | None
 
 
 @contextmanager
-def _gradients_of_none_but(kept: Mapping[int, Tensor], model: nn.Module | None) -> Iterator[None]:
-    """Take the gradients of all but some parameters off the model meanwhile."""
-    others = [] if model is None else [each for each in model.parameters() if id(each) not in kept]
+def _gradients_of_none_but(kept: Sequence[Tensor], model: nn.Module | None) -> Iterator[None]:
+    """Take the gradients of all but some parameters off the model meanwhile; without a model, of none."""
+    known = set() if model is None else set(map(id, kept))
+    others = [] if model is None else [each for each in model.parameters() if id(each) not in known]
     held = [each.grad for each in others]
     try:
         for each in others:
