@@ -30,9 +30,9 @@ def backward(loss: Tensor, **options: bool) -> None:
     loss.backward(**options)  # type: ignore[no-untyped-call]
 
 
-def observers(**options: int) -> list[Observer]:
+def observers() -> list[Observer]:
     """Those that :func:`assert_tells` knows."""
-    return [ns.Norms(**options), ns.WeightTracking(**options), ns.TokenGradient(**options)]  # type: ignore[arg-type]
+    return [ns.Norms(), ns.WeightTracking(), ns.TokenGradient(stride=3)]
 
 
 def assert_norms(record: ns.Record | None, expected: Named) -> None:
@@ -62,8 +62,10 @@ def assert_tells(record: ns.Record | None, expected: Named, beside: Named, after
         assert found == pytest.approx(cosine.item(), rel=1e-9, abs=1e-12), name
     for name, weight in after.items():
         assert record[f"weight_tracking/weight_norm/{name}"] == pytest.approx(weight.norm().item(), rel=1e-12), name
-    rows = np.sort(np.linalg.norm(expected["embedding.weight"].numpy(), axis=1))
-    count = len(rows)
+    rows = np.linalg.norm(expected["embedding.weight"].numpy(), axis=1)
+    variance = np.var([rows[group::3].mean() for group in range(3)])
+    assert record["token_gradient/stride_group_variance"] == pytest.approx(variance, rel=1e-9)
+    rows, count = np.sort(rows), len(rows)
     gini = ((2 * np.arange(1, count + 1) - count - 1) * rows).sum() / count / rows.sum()
     assert record["token_gradient/gradient_gini"] == pytest.approx(gini, rel=1e-9)
     energies = np.cumsum(rows[::-1] ** 2)

@@ -240,11 +240,17 @@ def test_nothing_keeps_the_model(stage: ClipStage, closed: bool) -> None:
     assert [each() for each in gone] == [None] * 4
 
 
+@pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("stage", STAGES)
-def test_copies_and_files_of_a_followed_model_follow_nothing(stage: ClipStage) -> None:
+def test_copies_and_files_of_a_followed_model_follow_nothing(
+    stage: ClipStage, sharded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The module of a sharded model has a hook too, which its copies share.
+    monkeypatch.setattr("normscope.ops.any_sharded", lambda _: sharded)
     model, records = Net(), list[ns.Record]()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ns.Monitor(model, [ns.Norms()], [records.append], loop="step").attach(optimizer, clip_stage=stage)
+    monitor, calls = ns.Monitor(model, [ns.Norms()], [records.append], loop="step"), list[int]()
+    monitor.attach(optimizer, clip_stage=stage)
     file = io.BytesIO()
     torch.save((model, optimizer), file)
     file.seek(0)
@@ -253,8 +259,11 @@ def test_copies_and_files_of_a_followed_model_follow_nothing(stage: ClipStage) -
     for other, of_other in pairs:
         backward(other.loss(1))
         of_other.step()
-        assert hooks(other, of_other) == 0
+        assert hooks(other, of_other) == (sharded and stage == "pre_clip")
+        other(torch.tensor([1, 2])).sum().backward()
     assert not records
+    assert not calls
+    monkeypatch.undo()
     backward(model.loss(1))
     optimizer.step()
     assert [record.clip_stage for record in records] == [stage]

@@ -79,7 +79,7 @@ def test_the_loss_scale_is_in_no_value(kind: str, manner: str, stage: ClipStage)
             (stage, manner) == ("post_clip", "clipped")
         )
     mean = {name: sum(used[name] for used in all_used) / len(all_used) for name in all_used[0]}
-    record = epoch.post_epoch(0)
+    record = epoch.post_epoch(0, clip_stage=stage)
     assert record is not None
     assert_norms(record, mean)  # type: ignore[arg-type]
     assert record.clip_stage == "post_clip", "a mean is one of what the optimizer was given"
