@@ -17,8 +17,12 @@ BUILD_SETTINGS := $(if $(CI),--config-settings=cmake.define.NORMSCOPE_WERROR=ON)
 demo: .venv/demo-installed
 	$(BIN)/normscope grok --model mlp --p 59
 
-test: lint sanitize
-	$(BIN)/python -m pytest --doctest-modules --pyargs normscope tests
+# Two cores, two halves: the sanitizers and the GPU's kernels beside everything else; their output comes last.
+test: lint
+	@mkdir -p build
+	@{ $(MAKE) --no-print-directory sanitize && $(BIN)/python -m pytest tests/gpu; } >build/second-half.log 2>&1 & second=$$!; \
+	  $(BIN)/python -m pytest --doctest-modules --pyargs normscope tests --ignore=tests/gpu; first=$$?; \
+	  wait $$second; second=$$?; cat build/second-half.log; exit $$((first || second))
 
 lint: .venv/test-installed
 	$(BIN)/ruff check
