@@ -355,13 +355,20 @@ def test_every_callback_hears_each_event_once() -> None:
         def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
             self.logs.append(dict(logs))
 
+    class Printing(Hearing, transformers.PrinterCallback):  # type: ignore[misc, name-defined]
+        pass
+
     for late in (False, True):
-        before, after, callback = Hearing(), Hearing(), NormscopeCallback()
+        before, after, printing, callback = Hearing(), Hearing(), Printing(), NormscopeCallback()
         run = trainer(before, *([] if late else [callback]), after)
+        run.remove_callback(transformers.PrinterCallback)
+        run.add_callback(printing)
         if late:
             run.add_callback(callback)
         run.train()
-        assert before.begun == after.begun == 1
+        assert before.begun == after.begun == printing.begun == 1
+        assert [TOTAL in logs for logs in printing.logs] == [True] * 4 + [False]
+        assert not any(WEIGHT in logs for logs in printing.logs)
         for hearing in (before, after):
             assert [TOTAL in logs and WEIGHT in logs for logs in hearing.logs] == [True] * 4 + [False]
 
