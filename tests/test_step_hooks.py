@@ -286,7 +286,6 @@ def test_a_step_at_which_nothing_is_due_reads_nothing(stage: ClipStage, monkeypa
     assert len(passes) == len(records) == 3
 
 
-@pytest.mark.xfail(strict=True, reason="what fires at PRE_STEP is shown gradients as they are on the model")
 def test_observers_before_the_step_see_no_loss_scale() -> None:
     model, scaling, seen = Net(), scaler(), list[float]()
     optimizer = OPTIMIZERS["fused sgd"](model.parameters())

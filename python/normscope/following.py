@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from normscope.accumulate import GradientMean
 from normscope.backward import BackwardEnd
-from normscope.record import ClipStage
+from normscope.record import ClipStage, LifecyclePoint
 
 
 class GradScaler(Protocol):
@@ -29,7 +29,7 @@ class Steps(Protocol):
         self, step: int, *, clip_stage: ClipStage = ..., grad_scale: float | Tensor | None = ...
     ) -> None: ...
 
-    def pre_step(self, step: int) -> object: ...
+    def fire(self, point: LifecyclePoint, step: int, *, grad_scale: float | Tensor | None = ...) -> object: ...
 
     def post_step(self, step: int) -> object: ...
 
@@ -164,12 +164,12 @@ class _First:
 
     def before(self, optimizer: torch.optim.Optimizer, has_closure: bool) -> None:
         """Before a step with gradients on the model, or before one that computes them itself."""
+        # GradScaler leaves the unscaling to optimizers that can do it, and gives them the factor.
+        scale = getattr(optimizer, "grad_scale", None)
         if not has_closure and not self._was_read:
-            # GradScaler leaves the unscaling to optimizers that can do it, and gives them the factor.
-            scale = getattr(optimizer, "grad_scale", None)
             self._steps.read_gradients(self._step, clip_stage="post_clip", grad_scale=scale)
             self._look_for_parameters()
-        self._steps.pre_step(self._step)
+        self._steps.fire(LifecyclePoint.PRE_STEP, self._step, grad_scale=scale)
 
     def _look_for_parameters(self) -> None:
         """Where no backward pass was seen none of the parameters that are followed may be trained any more."""

@@ -18,7 +18,7 @@ from normscope.observers import SHIPPED
 from normscope.outlets import AnySink, close_each, write_to_each
 from normscope.pending import Parts, make_record
 from normscope.record import ClipStage, LifecyclePoint, Record
-from normscope.shared_pass import Readings, naming_errors, read_gradients, show
+from normscope.shared_pass import Readings, Stage, naming_errors, read_gradients, show
 from normscope.tensors import TensorList
 from normscope.together import ProcessGroup, Together
 from normscope.unchanged import difference, state_of
@@ -136,8 +136,7 @@ class Monitor:
             >>> optimizer.step()  # doctest: +ELLIPSIS
             100 pre_clip {'norms/total_norm': 3.0, ...}
         """
-        _check_clip_stage(clip_stage)
-        self._following.add(optimizer, Manner(clip_stage, scaler, first_step, last_backward))
+        self._following.add(optimizer, Manner(Stage(clip_stage).clip_stage, scaler, first_step, last_backward))
 
     def read_gradients(
         self, step: int, *, clip_stage: ClipStage = "post_clip", grad_scale: float | Tensor | None = None
@@ -154,8 +153,7 @@ class Monitor:
         Raises:
             NoGradientError: an observer reads gradients and the model has none.
         """
-        _check_clip_stage(clip_stage)
-        self._early = None
+        stage, self._early = Stage(clip_stage, grad_scale), None
         point = LifecyclePoint.POST_STEP
         readers = [each for each in self._due(point, step) if each.reads.gradients == "current"]
         if not readers:
@@ -163,7 +161,7 @@ class Monitor:
         with self._together.working():
             parameters = tensors.parameters(self.model)
             views = [self._view(point, step, parameters) for _ in readers]
-            readings = read_gradients(readers, views, parameters, self._gradients, clip_stage, grad_scale)
+            readings = read_gradients(readers, views, parameters, self._gradients, stage)
         self._early = _Early(step, readers, readings)
 
     def pre_epoch(
@@ -203,6 +201,7 @@ class Monitor:
         values: Mapping[str, float | Tensor] | None = None,
         *,
         clip_stage: ClipStage = "post_clip",
+        grad_scale: float | Tensor | None = None,
     ) -> Record | None:
         """Fire the interventions and observers due at ``point`` of ``step`` and write one record.
 
@@ -212,6 +211,7 @@ class Monitor:
             values: further values for the record, under these keys.
             clip_stage: the stage of the gradients that are on the model, which the record carries: ``"pre_clip"``
                 between the backward passes and the clipping of a loop that clips, otherwise ``"post_clip"``.
+            grad_scale: what those gradients are multiplied by; what observers are shown is divided by it.
 
         Returns:
             The record, or None where nothing was due and no values were given.
@@ -222,8 +222,7 @@ class Monitor:
             ObserverError: an observer or intervention failed, or an observer changed the model; it is named.
             SinkError: a sink failed; it is named, and the others have the record.
         """
-        point = LifecyclePoint(point)
-        _check_clip_stage(clip_stage)
+        point, stage = LifecyclePoint(point), Stage(clip_stage, grad_scale)
         interventions = [i for i in self.interventions if point in i.points[self.loop] and i.due(step)]
         observers = self._due(point, step)
         try:
@@ -232,7 +231,7 @@ class Monitor:
             parts = Parts()
             with self._together.working():
                 self._intervene(interventions, point, step, parts)
-                self._observe(observers, point, step, parts, clip_stage)
+                self._observe(observers, point, step, parts, stage)
             parts.add("", values or {})
             record = make_record(step, point, parts)
             if self._together.writes:
@@ -258,14 +257,14 @@ class Monitor:
         return [each for each in self.observers if point in each.points[self.loop] and each.due(step)]
 
     def _observe(
-        self, observers: Sequence[Observer], point: LifecyclePoint, step: int, parts: Parts, clip_stage: ClipStage
+        self, observers: Sequence[Observer], point: LifecyclePoint, step: int, parts: Parts, stage: Stage
     ) -> None:
         if not observers:
             return
         parameters = tensors.parameters(self.model)
         views = [self._view(point, step, parameters) for _ in observers]
         early = self._taken_early(observers, point, step)
-        readings = early or read_gradients(observers, views, parameters, self._gradients, clip_stage)
+        readings = early or read_gradients(observers, views, parameters, self._gradients, stage)
         show(observers, views, parameters, readings, parts, weights_are_current=early is None)
         self._together.checked()
         for observer, view in zip(observers, views, strict=True):
@@ -313,8 +312,3 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _check_clip_stage(stage: str) -> None:
-    if stage not in ("pre_clip", "post_clip"):
-        raise ValueError(f"clip_stage must be 'pre_clip' or 'post_clip', got {stage!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -32,6 +33,26 @@ def naming_errors(kind: str, name: str, point: LifecyclePoint, step: int) -> Ite
         raise ObserverError(f"{kind} {name!r} failed at {point.value} {step}: {error!r}") from error
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What gradients are, at the moment at which they are read.
+
+    Attributes:
+        clip_stage: ``"pre_clip"`` or ``"post_clip"``.
+        scale: what they are multiplied by, a number or a 0-d tensor; None for nothing.
+
+    Raises:
+        ValueError: ``clip_stage`` is something else.
+    """
+
+    clip_stage: ClipStage = "post_clip"
+    scale: float | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.clip_stage not in ("pre_clip", "post_clip"):
+            raise ValueError(f"clip_stage must be 'pre_clip' or 'post_clip', got {self.clip_stage!r}")
+
+
 class GradientReading(NamedTuple):
     """What one pass over gradients told.
 
@@ -55,8 +76,7 @@ def read_gradients(
     views: Sequence[View],
     parameters: TensorList,
     gradients_of: Callable[[GradientSource], TensorList],
-    clip_stage: ClipStage,
-    scale: float | Tensor | None = None,
+    stage: Stage,
 ) -> Readings:
     """Read the gradients that these observers read, each source once for all of them.
 
@@ -67,8 +87,7 @@ def read_gradients(
         observers, views: who looks, and what each will be shown.
         parameters: the model's.
         gradients_of: finds the gradients of a source.
-        clip_stage: their stage.
-        scale: what the current gradients are multiplied by, None for nothing.
+        stage: what they are; a mean over an epoch is not multiplied by anything.
     """
     wanted = _wanted_weights(observers, views)
     by_name = dict(zip(*parameters, strict=True)) if wanted else {}
@@ -86,12 +105,12 @@ def read_gradients(
         if wanted and (not weights_read or any(observer.reads.weights for observer, _ in readers)):
             beside = [by_name[name] if name in wanted else None for name in gradients.names]
         stats = gradients.make(beside, tables)
-        if scale is not None and source == "current":
-            stats = stats.divided(scale)
+        if stage.scale is not None and source == "current":
+            stats = stats.divided(stage.scale)
         weights = None if beside is None else gradients.weights_beside(stats)
         # A mean is one of what optimizers were given, whatever is on the model now.
-        stage: ClipStage = clip_stage if source == "current" else "post_clip"
-        readings[source] = GradientReading(GradientView(gradients.names, stats), weights, stage)
+        clip_stage: ClipStage = stage.clip_stage if source == "current" else "post_clip"
+        readings[source] = GradientReading(GradientView(gradients.names, stats), weights, clip_stage)
     return readings
 
 
