@@ -286,6 +286,18 @@ def test_a_step_at_which_nothing_is_due_reads_nothing(stage: ClipStage, monkeypa
     assert len(passes) == len(records) == 3
 
 
+def test_options_belong_to_the_first_optimizer() -> None:
+    model = Net()
+    first, second = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    monitor = ns.Monitor(model, [ns.Norms()], loop="step")
+    monitor.attach(first, clip_stage="pre_clip")
+    with pytest.raises(ValueError, match="attached already"):
+        monitor.attach(first)
+    with pytest.raises(ValueError, match="first optimizer"):
+        monitor.attach(second, first_step=3)
+    monitor.attach(second)
+
+
 def test_observers_before_the_step_see_no_loss_scale() -> None:
     model, scaling, seen = Net(), scaler(), list[float]()
     optimizer = OPTIMIZERS["fused sgd"](model.parameters())

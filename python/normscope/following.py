@@ -37,10 +37,10 @@ class Steps(Protocol):
 class Manner(NamedTuple):
     """How an optimizer is followed; see :meth:`normscope.Monitor.attach`."""
 
-    clip_stage: ClipStage
-    scaler: GradScaler | None
-    first_step: int
-    last_backward: Callable[[], bool] | None
+    clip_stage: ClipStage = "post_clip"
+    scaler: GradScaler | None = None
+    first_step: int = 0
+    last_backward: Callable[[], bool] | None = None
 
 
 #: The positional and keyword arguments of a step, the optimizer first.
@@ -61,6 +61,7 @@ class Following:
         self._steps = steps
         self._mean = mean
         self._optimizers: list[torch.optim.Optimizer] = []
+        self._manner = Manner()
         self._hooks: list[Any] = []
 
     @property
@@ -69,7 +70,16 @@ class Following:
         return bool(self._optimizers)
 
     def add(self, optimizer: torch.optim.Optimizer, manner: Manner) -> None:
-        """Follow one more."""
+        """Follow one more.
+
+        Raises:
+            ValueError: it is followed already, or it is not the first and its manner is another.
+        """
+        if any(optimizer is known for known in self._optimizers):
+            raise ValueError("this optimizer is attached already")
+        if self.active and manner not in (Manner(), self._manner):
+            raise ValueError("the points fire at the steps of the first optimizer, as it was attached")
+        self._manner = manner if not self.active else self._manner
         first = _First(self._model, self._steps, manner) if not self.active else None
         self._optimizers.append(optimizer)
         outermost = _Outermost()

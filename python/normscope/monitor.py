@@ -123,7 +123,8 @@ class Monitor:
                 step, so that the others cost nothing.
 
         Raises:
-            ValueError: ``clip_stage`` is something else.
+            ValueError: ``clip_stage`` is something else, the optimizer is attached already, or a further
+                one comes with other options than the first.
 
         Example:
             >>> import torch, normscope as ns
