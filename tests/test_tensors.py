@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import cast
 
 import pytest
@@ -259,3 +260,24 @@ def test_the_gradients_at_hand_decide_not_those_on_the_model() -> None:
     assert tensors.token_table(Decoder(), None, ["tokens.weight", "layer.bias"]) == "tokens.weight"
     with pytest.raises(AmbiguousEmbeddingError):
         tensors.token_table(with_gradients(Decoder()), None, ["layer.bias"])
+
+
+def test_parameters_are_those_that_pytorch_names() -> None:
+    """Shared modules, tied parameters, missing ones, empty containers, and a class with names of its own."""
+    shared = nn.Linear(2, 2, bias=False)
+    inner = nn.Sequential(shared, nn.Sequential(), shared, nn.Linear(2, 2))
+    model = nn.ModuleDict({"first": inner, "second": nn.ModuleList([shared, nn.LayerNorm(2)]), "again": inner})
+    model.register_parameter("top", nn.Parameter(torch.ones(1)))
+    model.register_parameter("none", None)
+    model.register_module("nothing", None)
+    model["second"][1].weight = inner[3].bias  # type: ignore[index]
+    found = tensors.parameters(model)
+    expected = dict(model.named_parameters())
+    assert list(found.names) == list(expected)
+    assert all(a is b for a, b in zip(found.tensors, expected.values(), strict=True))
+
+    class Renamed(nn.Linear):
+        def named_parameters(self, *args: object, **kwargs: object) -> Iterator[tuple[str, nn.Parameter]]:
+            yield "mine", cast(nn.Parameter, self.weight)
+
+    assert tensors.parameters(Renamed(1, 1)).names == ("mine",)

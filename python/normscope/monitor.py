@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import NamedTuple, cast
 
@@ -30,6 +31,7 @@ class _Early(NamedTuple):
     step: int
     readers: list[Observer]
     readings: Readings
+    parameters: TensorList  # the model is walked once a step
 
 
 class Monitor:
@@ -162,8 +164,8 @@ class Monitor:
         with self._together.working():
             parameters = tensors.parameters(self.model)
             views = [self._view(point, step, parameters) for _ in readers]
-            readings = read_gradients(readers, views, parameters, self._gradients, stage)
-        self._early = _Early(step, readers, readings)
+            readings = read_gradients(readers, views, parameters, partial(self._gradients, parameters), stage)
+        self._early = _Early(step, readers, readings, parameters)
 
     def pre_epoch(
         self, epoch: int, values: Mapping[str, float | Tensor] | None = None, *, clip_stage: ClipStage = "post_clip"
@@ -262,10 +264,11 @@ class Monitor:
     ) -> None:
         if not observers:
             return
-        parameters = tensors.parameters(self.model)
-        views = [self._view(point, step, parameters) for _ in observers]
         early = self._taken_early(observers, point, step)
-        readings = early or read_gradients(observers, views, parameters, self._gradients, stage)
+        parameters = tensors.parameters(self.model) if early is None else early.parameters
+        views = [self._view(point, step, parameters) for _ in observers]
+        find = partial(self._gradients, parameters)
+        readings = read_gradients(observers, views, parameters, find, stage) if early is None else early.readings
         show(observers, views, parameters, readings, parts, weights_are_current=early is None)
         self._together.checked()
         for observer, view in zip(observers, views, strict=True):
@@ -277,18 +280,18 @@ class Monitor:
                 if changed:
                     raise RuntimeError(f"it changed the {changed}; what changes a model is an Intervention")
 
-    def _taken_early(self, observers: Sequence[Observer], point: LifecyclePoint, step: int) -> Readings | None:
+    def _taken_early(self, observers: Sequence[Observer], point: LifecyclePoint, step: int) -> _Early | None:
         """What :meth:`read_gradients` read for these observers at this point, if it did."""
         early = self._early
         if early is None or point is not LifecyclePoint.POST_STEP:
             return None
         self._early = None
         readers = [each for each in observers if each.reads.gradients is not None]
-        return early.readings if (early.step, early.readers) == (step, readers) else None
+        return early if (early.step, early.readers) == (step, readers) else None
 
-    def _gradients(self, source: GradientSource) -> TensorList:
+    def _gradients(self, parameters: TensorList, source: GradientSource) -> TensorList:
         if source == "current":
-            return tensors.gradients(self.model)
+            return tensors.gradients_of(parameters)
         assert self._mean is not None
         if not self._following.active:
             raise NoGradientError("accumulate='epoch' needs the optimizer: Monitor(..., optimizer=optimizer)")
