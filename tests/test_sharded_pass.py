@@ -60,7 +60,7 @@ def compare(where: Any, placements: list[Any], dtype: torch.dtype) -> tuple[floa
 
 def placements_body(dtype: torch.dtype) -> Any:
     answers = [compare(mesh(), placements, dtype) for placements in one_dimensional()]
-    if dist.get_world_size() == 4:
+    if dist.get_world_size() == 4 and dtype in (torch.float32, torch.float64):
         answers += [compare(mesh(2, 2), placements, dtype) for placements in two_dimensional()]
     return answers
 
