@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +208,13 @@ def test_the_example_of_the_page(tmp_path: Path) -> None:
     page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
     (script,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     (tmp_path / "train.py").write_text(script)
-    run(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"], tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # What torchrun sets; it takes longer to start than this to run.
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda rank: run(["train.py"], tmp_path, {**common, "RANK": rank}), ("0", "1")))
     records = ns.read_records(tmp_path / "run.jsonl")
     assert [record.step for record in records] == list(range(20))
     assert {record.clip_stage for record in records} == {"pre_clip"}
