@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import socket
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -30,3 +31,30 @@ def in_child(function: Callable[[], T], timeout: float = 60.0) -> T:
         child.join()
         receiver.close()
     return answer
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def on_two_ranks(function: Callable[[int, int], object], timeout: float = 60.0) -> None:
+    """Run ``function(rank, port)`` in two forked children; forked, since importing a framework anew takes seconds.
+
+    Raises:
+        AssertionError: one did not end well within ``timeout`` seconds; standard error says of what.
+    """
+    fork, port = multiprocessing.get_context("fork"), free_port()
+    children = [fork.Process(target=function, args=(rank, port), daemon=True) for rank in range(2)]
+    try:
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(timeout)
+        assert [child.exitcode for child in children] == [0, 0]
+    finally:
+        for child in children:
+            child.kill()

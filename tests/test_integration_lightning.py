@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import doctest
 import math
-import multiprocessing
 import os
 import pickle
-import socket
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -18,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from child import on_two_ranks
 from torch import Tensor, nn
 
 import normscope as ns
@@ -440,20 +439,7 @@ def _run_rank(rank: int, port: int) -> None:
 
 
 def test_of_several_processes_the_first_one_writes(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")  # as Lightning's own "ddp_fork" does: importing it takes seconds
-    children = [fork.Process(target=_run_rank, args=(rank, port), daemon=True) for rank in range(2)]
-    try:
-        for child in children:
-            child.start()
-        for child in children:
-            child.join(60)
-        assert [child.exitcode for child in children] == [0, 0]
-    finally:
-        for child in children:
-            child.kill()
+    on_two_ranks(_run_rank)
     assert not (tmp_path / "rank1.jsonl").exists()
     records = ns.read_records(tmp_path / "rank0.jsonl")
     assert [record.step for record in records] == [0, 1]

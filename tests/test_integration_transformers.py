@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import doctest
 import math
-import multiprocessing
 import os
-import socket
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from child import on_two_ranks
 from fresh import fresh_package
 from torch import Tensor
 
@@ -446,19 +445,6 @@ def _run_rank(rank: int, port: int) -> None:
 
 
 def test_of_several_processes_the_first_one_writes(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")  # importing all this anew takes seconds
-    children = [fork.Process(target=_run_rank, args=(rank, port), daemon=True) for rank in range(2)]
-    try:
-        for child in children:
-            child.start()
-        for child in children:
-            child.join(60)
-        assert [child.exitcode for child in children] == [0, 0]
-    finally:
-        for child in children:
-            child.kill()
+    on_two_ranks(_run_rank)
     assert len(ns.read_records(tmp_path / "rank0.jsonl")) == 4
     assert not (tmp_path / "rank1.jsonl").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from child import free_port
 from fresh import run
 from ranks import Ranks
 from sharded import mesh, whole, worst
@@ -208,11 +208,8 @@ def test_the_example_of_the_page(tmp_path: Path) -> None:
     page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
     (script,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     (tmp_path / "train.py").write_text(script)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     # What torchrun sets; it takes longer to start than this to run.
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda rank: run(["train.py"], tmp_path, {**common, "RANK": rank}), ("0", "1")))
     records = ns.read_records(tmp_path / "run.jsonl")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import sys
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -313,3 +315,14 @@ def test_a_sink_that_fails_is_named() -> None:
 def test_arguments_out_of_range(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ns.watch(**{"models": Model(), "sinks": []} | arguments)  # type: ignore[arg-type]
+
+
+def test_a_watched_model_can_be_saved_and_copied(tmp_path: Path) -> None:
+    model, sink = Model(), Kept()
+    with ns.watch(model, log_freq=1, sinks=[sink]):
+        torch.save(model, tmp_path / "model.pt")
+        for copied in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(model)):
+            backward(copied)
+            assert not sink.records, "the copy is not watched"
+        backward(model)
+        assert len(sink.records) == 1

@@ -22,6 +22,12 @@ class GradScaler(Protocol):
     def scale(self, outputs: Tensor) -> Any: ...
 
 
+def loss_scale(scaler: GradScaler, device: torch.device) -> Tensor:
+    """What a scaler multiplies losses by, a 0-d tensor on the device, which nothing waits for."""
+    scale: Tensor = scaler.scale(torch.ones((), device=device))  # the public way without a wait
+    return scale
+
+
 class Steps(Protocol):
     """What happens at an optimizer's steps."""
 
@@ -169,8 +175,8 @@ class _First:
             self._was_read = True
 
     def _scale(self) -> Tensor | None:
-        scaler, device = self._manner.scaler, next(self._model.parameters()).device
-        return None if scaler is None else scaler.scale(torch.ones((), device=device))  # the public way without a wait
+        scaler = self._manner.scaler
+        return None if scaler is None else loss_scale(scaler, next(self._model.parameters()).device)
 
     def before(self, optimizer: torch.optim.Optimizer, has_closure: bool) -> None:
         """Before a step with gradients on the model, or before one that computes them itself."""

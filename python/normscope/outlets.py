@@ -27,7 +27,7 @@ def write_to_each(sinks: Sequence[AnySink], record: Record) -> None:
     Raises:
         SinkError: a sink failed; it is named, and the others have the record.
     """
-    _each(sinks, "write", lambda sink: _write_to(sink, record), f" at {record.point.value} {record.step}")
+    _each(sinks, "write", lambda sink: write_to(sink, record), f" at {record.point.value} {record.step}")
 
 
 def close_each(sinks: Sequence[AnySink]) -> None:
@@ -51,7 +51,8 @@ def _each(sinks: Sequence[AnySink], verb: str, act: Callable[[AnySink], object],
         raise SinkError(f"sink {_name(sink)} failed to {verb}{when}: {failure}") from failure
 
 
-def _write_to(sink: AnySink, record: Record) -> None:
+def write_to(sink: AnySink, record: Record) -> None:
+    """Write one record to one sink."""
     if isinstance(sink, Sink):
         sink.write(record)
     else:

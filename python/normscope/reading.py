@@ -48,7 +48,7 @@ class NamedPass(NamedTuple):
     def weights_beside(self, stats: Stats) -> WeightView:
         """The weights that :meth:`make` read beside gradients: all of each that is listed."""
         agreement = self.agreement
-        read = weights_beside(self.names, stats)
+        read = _view(self.names, stats, "weight_squares")
         if agreement is None:
             return read
         # Beside a gradient that some rank lacks, that rank has not read its part of the weight.
@@ -115,11 +115,6 @@ class WeightView(NamedTuple):
 def picked(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     """The rows of that index, whatever the default device is."""
     return tensor[sent(torch.tensor(rows, dtype=torch.int64, device="cpu"), tensor.device)]
-
-
-def weights_beside(names: Sequence[str], stats: Stats) -> WeightView:
-    """The weights that a pass read beside gradients."""
-    return _view(names, stats, "weight_squares")
 
 
 def complete(read: Sequence[WeightView], names: Sequence[str], weights: Mapping[str, Tensor]) -> WeightView:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normscope.errors import require
+from normscope.following import loss_scale
 from normscope.integrations._host import Every, Sinks, checked, made, observers_for
 from normscope.monitor import Monitor
 from normscope.observer import Observer
@@ -223,8 +224,7 @@ def _scale(trainer: _Trainer, optimizer: torch.optim.Optimizer) -> Tensor | None
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return None
-    scale: Tensor = scaler.scale(torch.ones((), device=optimizer.param_groups[0]["params"][0].device))
-    return scale
+    return loss_scale(scaler, optimizer.param_groups[0]["params"][0].device)
 
 
 @contextmanager

@@ -7,12 +7,10 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from normscope import tensors
 from normscope.backward import BackwardEnd
 from normscope.errors import require
+from normscope.following import loss_scale
 from normscope.integrations._host import Every, Sinks, checked, made, observers_for
 from normscope.monitor import Monitor
 from normscope.observer import Observer
@@ -123,7 +121,7 @@ class NormscopeCallback(_TrainerCallback):  # type: ignore[misc]
         assert self._monitor is not None
         if _gradient_state().sync_gradients:  # the last backward pass before the optimizer's step
             scaler = getattr(accelerated, "scaler", None)
-            scale = None if scaler is None else _scale(scaler, self._monitor.model)
+            scale = None if scaler is None else loss_scale(scaler, next(self._monitor.model.parameters()).device)
             self._read_for = state.global_step + 1
             self._monitor.read_gradients(self._read_for, clip_stage="pre_clip", grad_scale=scale)
 
@@ -207,9 +205,3 @@ class _Shortening(_TrainerCallback):  # type: ignore[misc]
 
 def _gradient_state() -> Any:
     return require("accelerate.state", "transformers").GradientState()
-
-
-def _scale(scaler: Any, model: nn.Module) -> Tensor:
-    """What gradients are multiplied by; the public way to it that waits for no device."""
-    scale: Tensor = scaler.scale(torch.ones((), device=next(model.parameters()).device))
-    return scale

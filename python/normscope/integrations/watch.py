@@ -7,18 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
-from weakref import WeakSet, ref
+from weakref import WeakSet
 
-import torch
 from torch import nn
 
 from normscope import sinks as shipped
 from normscope.backward import BackwardEnd
-from normscope.following import GradScaler
+from normscope.following import GradScaler, loss_scale
 from normscope.monitor import Monitor
 from normscope.observer import Observer
 from normscope.observers import Norms, WeightTracking
-from normscope.outlets import AnySink, Sink, close_each
+from normscope.outlets import AnySink, close_each, write_to
 from normscope.record import Record, Resolved
 from normscope.sinks.console import SUMMARIES
 
@@ -168,8 +167,8 @@ class Watch:
         if watched.passes % self._log_freq:
             return
         if self._scaler is not None:
-            ones = torch.ones((), device=next(model.parameters()).device)
-            watched.monitor.read_gradients(step, clip_stage="pre_clip", grad_scale=self._scaler.scale(ones))
+            scale = loss_scale(self._scaler, next(model.parameters()).device)
+            watched.monitor.read_gradients(step, clip_stage="pre_clip", grad_scale=scale)
         watched.monitor.post_step(step, clip_stage="pre_clip")
 
     def _remove(self, model: nn.Module) -> None:
@@ -207,13 +206,8 @@ class _Watched:
         self.monitor = monitor
         self.passes = 0
         self._ended = ended
-        # The garbage collector does not see into hooks of parameters: what they hold would keep the model for ever.
-        this = ref(self)
-        self._ends = BackwardEnd(monitor.model, lambda: _tell(this()))
-        self._anchor = monitor.model.register_forward_hook(lambda *_: self._stay())
-
-    def _stay(self) -> None:
-        """Keep this for as long as the model."""
+        self._ends = BackwardEnd(monitor.model, lambda: self._ended(self))
+        self._anchor = monitor.model.register_forward_hook(_Anchor(self))
 
     def end(self) -> None:
         """Forget the model's backward passes."""
@@ -221,9 +215,17 @@ class _Watched:
         self._anchor.remove()
 
 
-def _tell(watched: _Watched | None) -> None:
-    if watched is not None:
-        watched._ended(watched)
+class _Anchor:
+    """A forward hook that does nothing but keep something for as long as the model; a copy keeps nothing."""
+
+    def __init__(self, kept: object) -> None:
+        self._kept = kept
+
+    def __call__(self, *_: object) -> None:
+        """Leave the outputs as they are."""
+
+    def __reduce__(self) -> tuple[type[_Anchor], tuple[None]]:
+        return _Anchor, (None,)
 
 
 class _Prefixed:
@@ -238,11 +240,7 @@ class _Prefixed:
             values = {self._prefix + key: value for key, value in record.items()}
             return Resolved(values, {self._prefix + name: n for name, n in record.nonfinite_parameters.items()})
 
-        further = Record.deferred(record.step, record.point, renamed, record.clip_stage)
-        if isinstance(self._sink, Sink):
-            self._sink.write(further)
-        else:
-            self._sink(further)
+        write_to(self._sink, Record.deferred(record.step, record.point, renamed, record.clip_stage))
 
     def __repr__(self) -> str:
         return repr(self._sink)
