@@ -15,6 +15,7 @@ from normscope.ops.sharded_check import check_values, checking, whole
 from normscope.ops.sharded_exchange import Exchange
 from normscope.ops.sharded_layout import Layout, local_part, matrix_indices, matrix_layout, settled
 from normscope.ops.spectra import values_of_gram
+from normscope.ops.threads import one_thread
 from normscope.sending import sent
 
 _ABOUT = 3  # numbers that say how a spectrum was found: whether at all, by which method, after a failure
@@ -229,7 +230,8 @@ def _gram(part: Tensor, side: int, size: int, counts: bool) -> Tensor:
     rows = max(_BLOCK // max(size, 1), 1)
     for start in range(0, len(tall), rows):
         block = tall[start : start + rows].to(torch.float64)
-        gram.addmm_(block.T, block)
+        with one_thread():
+            gram.addmm_(block.T, block)
     return gram
 
 
@@ -258,7 +260,8 @@ def gram_products(matrices: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[
             tall = part if along == 1 else part.T
             places = matrix_indices(agreement.layouts[index], share.coordinates)
             rows, columns = sent(places[across], block.device), sent(places[along], block.device)
-        inner = None if tall is None else tall @ block[columns]
+        with one_thread():
+            inner = None if tall is None else tall @ block[columns]
         if along in {split.dim for split in layout.splits}:
             outer = block.new_zeros(layout.shape[across], block.shape[1])
             if inner is not None:
@@ -266,6 +269,7 @@ def gram_products(matrices: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[
             outer = exchange.summed(outer, "products")
             inner = None if rows is None else outer[rows]
         if tall is not None and inner is not None:
-            product[columns] = tall.T @ inner
+            with one_thread():
+                product[columns] = tall.T @ inner
         products.append(exchange.summed(product, "products"))
     return products
